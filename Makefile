@@ -1,0 +1,67 @@
+# `make lab` opens the lab, `make test` tests it. Either sets it up first, in .venv, where needed.
+
+PYTHON ?= python3
+PORT ?= 8888
+BROWSER ?= yes
+
+# Jupyter's own files stay in .venv too: the lab works where the home folder cannot be written, and
+# nobody's settings change what it does.
+export JUPYTER_CONFIG_DIR = $(CURDIR)/.venv/jupyter
+export JUPYTER_DATA_DIR = $(CURDIR)/.venv/jupyter
+export JUPYTER_RUNTIME_DIR = $(CURDIR)/.venv/jupyter/runtime
+export IPYTHONDIR = $(CURDIR)/.venv/ipython
+
+# A .venv that was moved or copied, or whose Python is gone, cannot be mended: it is not ready.
+$(shell { [ "$$(cat .venv/ready)" = "$$(pwd -P)" ] && .venv/bin/python -c ""; } 2> /dev/null || rm -f .venv/ready)
+
+.PHONY: help lab test notebooks lint clean
+
+help:
+	@echo "make lab        open the lab in JupyterLab (PORT=9000: another port, BROWSER=no: only print the address)"
+	@echo "make test       lint, run every test and every notebook, and compare what the notebooks print"
+	@echo "make notebooks  run every notebook and store its outputs"
+	@echo "make lint       check the style of the code and the notebooks"
+	@echo "make clean      remove .venv and all caches"
+
+lab: .venv/ready
+	@.venv/bin/python -m jupyterlab --ip=127.0.0.1 --port=$(PORT) --log-level=WARN \
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+		--LanguageServerManager.autodetect=False --LabApp.news_url=None \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+		$(if $(filter no,$(BROWSER)),--no-browser) $$([ "$$(id -u)" != 0 ] || echo --allow-root)
+
+test: lint
+	@.venv/bin/python -m pytest
+
+notebooks: .venv/ready
+	@.venv/bin/python notebooks/execute.py
+
+lint: .venv/ready
+	@.venv/bin/python -m ruff check .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp goes first and comes back last, so an interrupted set-up is begun anew; a finished one
+# whose lock has changed is brought up to date in place.
+.venv/ready: pyproject.toml constraints.txt
+	@$(require_python)
+	@[ -f $@ ] || { echo "Setting up .venv, once: about a minute, or several where CUDA comes along."; \
+		"$(PYTHON)" -m venv --clear .venv; }
+	@rm -f $@
+	@.venv/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt --editable ".[test]"
+	@pwd -P > $@
+
+define require_python
+version=$$("$(PYTHON)" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2> /dev/null) || version=missing; \
+stop() { echo "The lab needs Python 3.11 or newer with its venv module, and here $$1." >&2; exit 1; }; \
+case $$version in \
+missing) stop "$(PYTHON) does not run: $(install_python)" ;; \
+2.* | 3.[0-9].* | 3.10.*) stop "$(PYTHON) is Python $$version: $(install_python)" ;; \
+esac; \
+"$(PYTHON)" -c "import ensurepip, venv" 2> /dev/null || \
+	stop "$(PYTHON) is Python $$version without it: \`sudo apt-get install python$${version%.*}-venv\`"
+endef
+install_python = install one (Debian 12: \`sudo apt-get install python3-venv\`, macOS: \`brew install python\`), \
+	or name one that you have (\`make PYTHON=/path/to/python3.12\`)

@@ -1,0 +1,143 @@
+"""A recipe: which format each component of a model is stored in.
+
+One noun for the whole lab: what a budget predicts, what a loader does, and what a coverage report
+is held against. A recipe names a format for each component; `overrides` makes exceptions for some
+layers, experts or projections:
+
+>>> recipe = Recipe(experts="nf4", overrides={"layers.0.experts.3": "int8"})
+>>> recipe.format_of(Part("experts", layer=0, expert=3, projection="up_proj"))
+'int8'
+>>> recipe.format_of(Part("experts", layer=1, expert=3, projection="up_proj"))
+'nf4'
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+
+from .anatomy import COMPONENTS, Part
+from .formats import FORMATS, check_block_size, check_format
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A format for each component, and exceptions by name.
+
+    Formats: nf4, fp4 (bitsandbytes' 4-bit codebooks, in blocks of `block_size`), int8 (LLM.int8(),
+    a scale per row), bf16, fp16, fp32. Norms and what the lab does not know stay as they are.
+
+    `overrides` maps a path to a format. A path is that of `anatomy.Part.path`, or the beginning of
+    one; `*` stands for anything between two dots. Where several fit, the last one counts:
+
+    - `"layers.0.experts"`: all experts of layer 0
+    - `"layers.*.experts.3.down_proj"`: one projection of expert 3 in every layer
+    - `"layers.31.attention"`, `"layers.31.router"`
+
+    Raises ValueError for an unknown format, a block size that does not exist, or a path that names
+    no component.
+    """
+
+    experts: str = "nf4"
+    attention: str = "bf16"
+    router: str = "bf16"
+    embeddings: str = "bf16"
+    lm_head: str = "bf16"
+    shared_experts: str = "bf16"
+    dense_mlp: str = "bf16"
+    block_size: int = 64
+    double_quant: bool = True
+    overrides: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        check_block_size(self.block_size)
+        for component in self.components:
+            check_format(getattr(self, component))
+        for path, format in self.overrides.items():
+            check_format(format)
+            _check_path(path)
+        object.__setattr__(self, "overrides", dict(self.overrides))
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that a recipe names a format for."""
+        return tuple(entry.name for entry in fields(self) if entry.name in COMPONENTS)
+
+    @property
+    def formats(self) -> set[str]:
+        """Every format that occurs in it."""
+        return {getattr(self, component) for component in self.components} | set(
+            self.overrides.values()
+        )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything at all is stored in fewer than 16 bits."""
+        return any(FORMATS[format].scaled for format in self.formats)
+
+    @property
+    def float_format(self) -> str:
+        """The one format of everything that is not quantized.
+
+        Raises ValueError where components differ in it: a layer cannot multiply bf16 by fp32.
+        """
+        floats = {format for format in self.formats if not FORMATS[format].scaled} or {"bf16"}
+        if len(floats) > 1:
+            raise ValueError(
+                f"The recipe mixes {' and '.join(sorted(floats))}; what is not quantized must all "
+                "be in one of them."
+            )
+        return floats.pop()
+
+    def formats_of(self, component: str) -> set[str]:
+        """Every format that may occur in a component, overrides included."""
+        exceptions = {
+            format
+            for path, format in self.overrides.items()
+            if fnmatchcase(component, _component_of(path))
+        }
+        return {getattr(self, component)} | exceptions
+
+    def format_of(self, part: Part) -> str | None:
+        """The format that `part` is to be stored in; None for what a recipe leaves as it is."""
+        if part.component not in self.components:
+            return None
+        chosen = getattr(self, part.component)
+        for path, format in self.overrides.items():
+            if _covers(path, part):
+                chosen = format
+        return chosen
+
+    def unused_overrides(self, parts) -> list[str]:
+        """The overrides that fit none of `parts`: a layer or expert that is not there."""
+        return [path for path in self.overrides if not any(_covers(path, part) for part in parts)]
+
+    def to_dict(self) -> dict:
+        """The recipe as plain values, for a file; `Recipe(**recipe.to_dict())` gives it back."""
+        return asdict(self)
+
+    def __str__(self):
+        named = {name: getattr(self, name) for name in self.components} | self.overrides
+        formats = ", ".join(f"{name} {format}" for name, format in named.items())
+        double = "with" if self.double_quant else "without"
+        return f"{formats} (blocks of {self.block_size}, {double} double quantization)"
+
+
+def _covers(path: str, part: Part) -> bool:
+    wanted, present = path.split("."), part.path.split(".")
+    return len(wanted) <= len(present) and all(map(fnmatchcase, present, wanted))
+
+
+def _component_of(path: str) -> str:
+    """The component that an override's path names; "*" for a whole layer."""
+    pieces = path.split(".")
+    inside = pieces[2:] if pieces[0] == "layers" else pieces
+    return inside[0] if inside else "*"
+
+
+def _check_path(path: str) -> None:
+    component = _component_of(path)
+    if path == "layers" or component not in (*COMPONENTS, "*"):
+        raise ValueError(
+            f"The override {path!r} names no part of a model; write it like "
+            "'layers.0.experts.3' or 'layers.*.attention'."
+        )
