@@ -1,0 +1,533 @@
+"""Load a Mixture-of-Experts checkpoint really quantized, and prove that it is.
+
+`load` does what `from_pretrained` does, with four promises around it. Before a weight is read, the
+files are looked over (all there, whole, as many experts as the config says) and the predicted
+memory is compared with what is free. Afterwards `coverage` counts what every part of the model is
+really stored in, and the model is handed over only if that is what was asked for.
+
+    model = load("mistralai/Mixtral-8x7B-v0.1", Recipe(attention="nf4"))
+    coverage(model).table
+"""
+
+import json
+import math
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .anatomy import COMPONENTS, Part, part_of
+from .budget import Budget, matrices, predict, weights_of
+from .experts import RecipeConfig, UnusableWeight, storage_of
+from .formats import FORMATS
+from .meter import available_bytes, mark
+from .recipes import Recipe
+
+GIB = 2**30
+HUB_TIMEOUT_SECONDS = 5
+FLOAT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+DTYPE_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of a safetensors file says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a checkpoint in it: the config, and the tensors by name, none of them read."""
+
+    folder: Path
+    config: PreTrainedConfig
+    tensors: dict[str, StoredTensor]
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that the checkpoint is stored in, read off the names and types of its tensors.
+
+        For each component the most frequent format; weights stored otherwise become overrides.
+        """
+        stored = [(part_of(name), format) for name, format in self._formats()]
+        usual = {}
+        for component in {part.component for part, _ in stored} & set(Recipe().components):
+            counts = Counter(format for part, format in stored if part.component == component)
+            usual[component] = counts.most_common(1)[0][0]
+        plain = self.float_format
+        kept = {component: plain for component in Recipe().components} | usual
+        exceptions = {
+            part.path: format
+            for part, format in stored
+            if part.component in usual and format != usual[part.component]
+        }
+        return Recipe(**kept, overrides=exceptions, **self._constants())
+
+    @property
+    def float_format(self) -> str:
+        """The format of most of what is not quantized."""
+        floats = Counter(
+            FLOAT_FORMATS[tensor.dtype]
+            for name, tensor in self.tensors.items()
+            if name.endswith(".weight") and tensor.dtype in FLOAT_FORMATS
+        )
+        return floats.most_common(1)[0][0]
+
+    def _formats(self) -> Iterator[tuple[str, str]]:
+        for name, tensor in self.tensors.items():
+            if (name.removesuffix("weight") + "SCB") in self.tensors:
+                yield name, "int8"
+            elif blob := self._quant_state(name):
+                yield name, blob.rpartition("__")[2]
+            elif len(tensor.shape) >= 2 and tensor.dtype in FLOAT_FORMATS:
+                yield name, self.float_format
+
+    def _quant_state(self, name: str) -> str | None:
+        blobs = (f"{name}.quant_state.bitsandbytes__{format}" for format in ("nf4", "fp4"))
+        return next((blob for blob in blobs if blob in self.tensors), None)
+
+    def _constants(self) -> dict:
+        for name, codes in self.tensors.items():
+            if self._quant_state(name):
+                maxima = self.tensors[f"{name}.absmax"]
+                weights = 2 * codes.shape[0] * codes.shape[1]
+                return {
+                    "block_size": weights // maxima.shape[0],
+                    "double_quant": f"{name}.nested_absmax" in self.tensors,
+                }
+        return {}
+
+
+def inspect(folder: Path | str) -> Checkpoint:
+    """Look over the checkpoint in `folder`, headers only: seconds, whatever its size.
+
+    Raises FileNotFoundError for a missing folder, config or shard, and ValueError for a truncated
+    or foreign file, for a checkpoint that some other method has quantized, and for one whose
+    weights are not those that its config describes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json: it is no checkpoint, or its saving was interrupted."
+        )
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    _check_method(config)
+    tensors = {}
+    for file in _weight_files(folder):
+        tensors |= read_header(file)
+    checkpoint = Checkpoint(folder, config, tensors)
+    _check_weights(checkpoint)
+    return checkpoint
+
+
+def _check_method(config: PreTrainedConfig) -> None:
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method not in ("bitsandbytes", "labutils"):
+        raise ValueError(
+            f"The checkpoint is quantized with {method}, which this loader does not read; take the "
+            "16-bit checkpoint, or a bitsandbytes one."
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(names)} shards are missing in {folder}, {missing[0]} for "
+                "one; download the checkpoint again, finished files are kept."
+            )
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    raise FileNotFoundError(
+        f"{folder} holds neither model.safetensors nor model.safetensors.index.json; only "
+        "safetensors are read, and an interrupted save leaves neither."
+    )
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, from its header alone.
+
+    The file begins with the header's length in eight bytes, then the header in JSON, then the data.
+    Raises ValueError if the file is no safetensors file, or shorter than its header says.
+    """
+    size_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            entries = json.loads(stream.read(length)) if length <= size_bytes else None
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            entries = None
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"{file} ({size_bytes:,} bytes) does not begin like a safetensors file; "
+            "download it again."
+        )
+    entries.pop("__metadata__", None)
+    needed_bytes = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+    if size_bytes != needed_bytes:
+        raise ValueError(
+            f"{file} has {size_bytes:,} bytes where its header describes {needed_bytes:,}; "
+            "download it again."
+        )
+    return {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()
+    }
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    """ValueError if the weights in the files are not those that the config describes."""
+    expected = defaultdict(list)
+    for weight in weights_of(checkpoint.config):
+        expected[weight.part].append(weight.shape)
+    found = defaultdict(list)
+    for name, format in checkpoint._formats():
+        for weight in matrices(name, checkpoint.tensors[name].shape):
+            found[weight.part].append(None if FORMATS[format].scaled else weight.shape)
+    for name, tensor in checkpoint.tensors.items():
+        if len(tensor.shape) == 1 and name.endswith((".weight", ".bias")):
+            found[part_of(name)].append(tensor.shape)
+    for part, shapes in expected.items():
+        if len(found[part]) < len(shapes):
+            raise ValueError(_missing(part, expected, found))
+    for part, shapes in expected.items():
+        if differing := set(found[part]) - set(shapes) - {None}:
+            raise ValueError(
+                f"{part.path} has shape {differing.pop()} in the files, {shapes[0]} by the config."
+            )
+
+
+def _missing(part: Part, expected: dict, found: dict) -> str:
+    if part.component != "experts":
+        return f"The files hold nothing for {part.path}, which the config describes."
+    siblings = [other for other in expected if replace(other, expert=part.expert) == part]
+    there = [other for other in siblings if found[other]]
+    return (
+        f"Layer {part.layer} has {len(there)} experts in the files, {len(siblings)} by the config; "
+        f"{part.path} is the first that is missing."
+    )
+
+
+def load(
+    path_or_id: str | Path,
+    recipe: Recipe | None = None,
+    device_map: str | dict | None = None,
+    force: bool = False,
+) -> PreTrainedModel:
+    """The model at `path_or_id`, stored as `recipe` says, checked before and proved afterwards.
+
+    `path_or_id` is a folder or a hub name; `recipe=None` takes the checkpoint as it is stored, be
+    that 16 bits, this lab's own, or one that transformers 4 saved in NF4. `device_map` is that of
+    transformers: None takes the first GPU if there is one and the CPU if not, "auto" spreads over
+    all GPUs. `force=True` goes on where memory is predicted to run out.
+
+    Raises what `inspect` and `locate` raise; MemoryError with both numbers; ValueError for a recipe
+    that does not fit the model, for a weight that is NaN or infinite (with its name), and for a
+    quantized checkpoint that is asked for in another recipe; `NotCovered` if what was loaded is not
+    what was asked for.
+    """
+    checkpoint = inspect(locate(path_or_id, recipe, force))
+    if recipe is None:
+        recipe = checkpoint.recipe
+    elif checkpoint.recipe.quantizes and recipe != checkpoint.recipe:
+        raise ValueError(
+            f"{checkpoint.folder} is stored as {checkpoint.recipe}; quantized weights are not "
+            "quantized again. Load it with recipe=None, or take the 16-bit checkpoint."
+        )
+    check_memory(predict(checkpoint.config, recipe), device_map, force)
+    mark("read")
+    try:
+        model = _from_pretrained(checkpoint, recipe, device_map)
+    except UnusableWeight as stop:
+        raise ValueError(str(stop)) from None
+    coverage(model).require(recipe)
+    return model
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint, recipe: Recipe, device_map: str | dict | None
+) -> PreTrainedModel:
+    settings = RecipeConfig(recipe)
+    quantizes_now = recipe.quantizes and not checkpoint.recipe.quantizes
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    if checkpoint.recipe.quantizes:
+        config.quantization_config = settings.to_dict()
+    if device_map is None:
+        device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder,
+        config=config,
+        quantization_config=settings if quantizes_now else None,
+        dtype=next(dtype for dtype, name in DTYPE_FORMATS.items() if name == recipe.float_format),
+        device_map=device_map,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+
+
+def loading_bytes(budget: Budget) -> int:
+    """Memory to load what `budget` predicts: the weights, a sixteenth more, and 256 MiB.
+
+    The sixteenth is for the block maxima that the CPU kernel keeps in 16 bits, the rest for the
+    temporaries of quantizing one matrix.
+    """
+    return budget.weights_bytes + budget.weights_bytes // 16 + 256 * 2**20
+
+
+def check_memory(budget: Budget, device_map: str | dict | None, force: bool) -> None:
+    """MemoryError with the bytes needed and the bytes free, unless `force`.
+
+    On a GPU what counts is the memory free on it (on all of them for "auto"), otherwise the main
+    memory that is available, the container's limit included.
+    """
+    on_gpu = torch.cuda.is_available() and device_map != "cpu"
+    if on_gpu:
+        devices = range(torch.cuda.device_count()) if device_map == "auto" else [None]
+        free_bytes = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    else:
+        free_bytes = available_bytes()
+    needed_bytes = loading_bytes(budget)
+    if needed_bytes > free_bytes and not force:
+        raise MemoryError(
+            f"The model takes {budget.weights_bytes / GIB:.2f} GiB and loading it "
+            f"{needed_bytes / GIB:.2f} GiB; {'the GPU' if on_gpu else 'this machine'} has "
+            f"{free_bytes / GIB:.2f} GiB free. Take a recipe with fewer bits or a smaller model, "
+            "free some memory, or pass force=True to try all the same."
+        )
+
+
+def locate(path_or_id: str | Path, recipe: Recipe | None = None, force: bool = False) -> Path:
+    """The folder that `path_or_id` names; for a hub name, after downloading what is missing.
+
+    Before weights are downloaded, the config alone is fetched and the predicted memory compared
+    with what is there, and the disk is asked for room. Raises FileNotFoundError for a folder that
+    does not exist, and ConnectionError, within seconds, if the hub cannot be reached.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_id)
+    looks_like_a_path = name.count("/") != 1 or name[0] in "./~" or path.parent.is_dir()
+    if looks_like_a_path:
+        raise FileNotFoundError(f"There is no folder {path}, and no hub name looks like that.")
+    return _download(name, recipe, force)
+
+
+def _download(repo_id: str, recipe: Recipe | None, force: bool) -> Path:
+    wanted = ["*.json", "*.safetensors", "tokenizer*"]
+    try:
+        info = HfApi().model_info(repo_id, files_metadata=True, timeout=HUB_TIMEOUT_SECONDS)
+        snapshot = Path(snapshot_download(repo_id, allow_patterns=["config.json"]))
+        if recipe is not None:
+            check_memory(predict(snapshot, recipe), None, force)
+        size_bytes = sum(
+            file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")
+        )
+        _check_disk(snapshot, size_bytes)
+        return Path(snapshot_download(repo_id, allow_patterns=wanted))
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"The hub has no model {repo_id!r}, or it is private and you are not logged in."
+        ) from error
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{repo_id} asks for its terms to be accepted: do so on its page, then `hf auth login`."
+        ) from error
+    except (MemoryError, ValueError):
+        raise
+    except Exception as error:
+        return _already_downloaded(repo_id, wanted, error)
+
+
+def _already_downloaded(repo_id: str, wanted: list[str], error: Exception) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=wanted, local_files_only=True))
+    except FileNotFoundError:
+        raise ConnectionError(
+            f"The hub could not be reached for {repo_id!r} ({error}), and it is not in the local "
+            "cache. Give a folder that holds the checkpoint, or begin with the shipped stand-in: "
+            "load(standin.PATH)."
+        ) from error
+
+
+def _check_disk(folder: Path, size_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if size_bytes > free_bytes:
+        raise MemoryError(
+            f"The download takes {size_bytes / GIB:.1f} GiB and the disk of {folder} has "
+            f"{free_bytes / GIB:.1f} GiB free; set HF_HOME to a larger one."
+        )
+
+
+def save(model: PreTrainedModel, folder: str | Path, tokenizer=None) -> Path:
+    """Save the model as it is stored; `load(folder)` gives the same logits, without the original.
+
+    Written beside and renamed when whole, so that an interrupted save leaves nothing under the
+    name. Raises FileExistsError if there is something under it already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; remove it or take another name.")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        return unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class NotCovered(AssertionError):
+    """What is stored is not what was asked for; the message names the component and both."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight of a loaded model, as it lies in memory.
+
+    `bytes` counts codes and every constant that is saved with them, `kernel_bytes` what a kernel
+    keeps beside them while the model is in memory.
+    """
+
+    part: Part
+    parameters: int
+    stored_as: str
+    bytes: int
+    kernel_bytes: int = 0
+    block_size: int | None = None
+    double_quant: bool | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What every weight of a model is stored in."""
+
+    weights: tuple[StoredWeight, ...]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each component and format: parameters, bits per weight, bytes, constants in."""
+        rows = pd.DataFrame(
+            {
+                "component": weight.part.component,
+                "parameters": weight.parameters,
+                "stored_as": weight.stored_as,
+                "bytes": weight.bytes,
+            }
+            for weight in self.weights
+        )
+        groups = rows.groupby(["component", "stored_as"], as_index=False).sum()
+        groups["bits_per_weight"] = 8 * groups["bytes"] / groups["parameters"]
+        order = groups["component"].map(COMPONENTS.index)
+        columns = ["component", "parameters", "stored_as", "bits_per_weight", "bytes"]
+        return groups.loc[order.sort_values(kind="stable").index, columns].reset_index(drop=True)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(weight.bytes for weight in self.weights)
+
+    @property
+    def kernel_bytes(self) -> int:
+        """What the kernels keep beside the stored weights while the model is in memory."""
+        return sum(weight.kernel_bytes for weight in self.weights)
+
+    def by_component(self) -> dict[str, int]:
+        """Bytes by component, as a `Budget` has them."""
+        sizes = Counter()
+        for weight in self.weights:
+            sizes[weight.part.component] += weight.bytes
+        return {name: sizes[name] for name in COMPONENTS if name in sizes}
+
+    def bits_per_weight(self, component: str) -> float:
+        """Bits per weight of one component, every constant counted."""
+        chosen = [weight for weight in self.weights if weight.part.component == component]
+        return 8 * sum(w.bytes for w in chosen) / sum(w.parameters for w in chosen)
+
+    def require(self, recipe: Recipe) -> None:
+        """Nothing if the model is stored as `recipe` says; `NotCovered` if any weight is not."""
+        for weight in self.weights:
+            asked = recipe.format_of(weight.part)
+            if asked is None:
+                continue
+            blocks = (recipe.block_size, recipe.double_quant)
+            wrong_blocks = FORMATS[asked].scaled == "block" and blocks != (
+                weight.block_size,
+                weight.double_quant,
+            )
+            if weight.stored_as != asked or wrong_blocks:
+                raise NotCovered(self._difference(weight, asked, recipe))
+
+    def _difference(self, weight: StoredWeight, asked: str, recipe: Recipe) -> str:
+        alike = [
+            other
+            for other in self.weights
+            if other.part.component == weight.part.component and other.stored_as == weight.stored_as
+        ]
+        found = f"{weight.stored_as}, {8 * weight.bytes / weight.parameters:.2f} bits per weight"
+        if weight.stored_as == asked:
+            found += f", block {weight.block_size}, double_quant={weight.double_quant}"
+            asked += f", block {recipe.block_size}, double_quant={recipe.double_quant}"
+        return (
+            f"{weight.part.component}: asked for {asked}, found {found} in "
+            f"{sum(other.parameters for other in alike):,} parameters, first in {weight.part.path}."
+        )
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """What every weight of `model` is stored in, counted from the tensors that it really holds.
+
+    Works on any transformers model, however it was loaded. Shared weights count once; buffers that
+    are not saved are left out.
+    """
+    return Coverage(
+        tuple(
+            weight
+            for name, parameter in model.named_parameters()
+            for weight in _stored_weights(model, name, parameter)
+        )
+    )
+
+
+def _stored_weights(model: nn.Module, name: str, parameter: nn.Parameter) -> list[StoredWeight]:
+    path, _, leaf = name.rpartition(".")
+    storage = storage_of(model.get_submodule(path)) if leaf == "weight" else None
+    if storage is not None:
+        return [
+            StoredWeight(
+                part_of(name),
+                math.prod(storage.shape),
+                storage.format,
+                storage.stored_bytes,
+                storage.kernel_bytes,
+                storage.block_size,
+                storage.double_quant,
+            )
+        ]
+    stored_as = DTYPE_FORMATS.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
+    return [
+        StoredWeight(
+            weight.part, weight.parameters, stored_as, weight.parameters * parameter.element_size()
+        )
+        for weight in matrices(name, tuple(parameter.shape))
+    ]

@@ -1,0 +1,646 @@
+"""Experts that are really stored in 4 or 8 bits, inside a transformers model.
+
+transformers 5 keeps the experts of a layer in two fused 3-D parameters, `experts.gate_up_proj`
+(experts, 2 * ffn, hidden) and `experts.down_proj` (experts, hidden, ffn). bitsandbytes replaces
+`nn.Linear` modules and nothing else, so it walks past them, silently: 96.6% of Mixtral stays in 16
+bits. The remedy here has three steps, all of them on the empty model, before a weight is read:
+
+1. **take apart**: each fused module becomes a list of experts with three 2-D linears each;
+2. **replace**: every linear that the recipe names becomes a `Linear4bit` or `Linear8bit`;
+3. **rename**: the loader is told that the published `experts.3.w1.weight` now has a place of its
+   own, instead of a slice of a fused tensor.
+
+After that transformers' own loader reads tensor by tensor, and each is quantized as it arrives.
+Importing this module registers the whole with transformers:
+
+    import labutils.experts
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=RecipeConfig(Recipe()))
+
+It works for every family whose experts transformers merges from `gate`, `up` and `down` matrices:
+Mixtral, OLMoE, Qwen3-MoE and their relatives.
+"""
+
+import ctypes
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional as bnb_functional
+from torch import nn
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .anatomy import part_of
+from .formats import FORMATS, NESTED_BLOCK, stored_bytes
+from .meter import mark
+from .recipes import Recipe
+
+QUANT_METHOD = "labutils"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# bitsandbytes' fused CPU kernel works on tiles of 32 rows. It decodes each weight anew for every
+# token; dequantizing once and multiplying overtakes it at some hundreds of tokens for an expert.
+KERNEL_ROWS = 32
+KERNEL_MAX_TOKENS = 256
+
+QUANTIZE_CHUNK = 2**17
+INT8_THRESHOLD = 6.0
+
+M_MMAP_THRESHOLD = -3
+RETURNED_BYTES = 2**20
+
+# bitsandbytes says so at every INT8 multiplication of a bf16 model; it is how LLM.int8() works.
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+    lambda record: "inputs will be cast" not in record.msg
+)
+
+
+class UnusableWeight(BaseException):
+    """A weight that must not be quantized, with its name and what is wrong with it.
+
+    Not an `Exception`, because transformers' loader collects those and reports them after the last
+    tensor; this one stops it at the first.
+    """
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """A bias-free or biased linear layer whose weight is stored in NF4 or FP4.
+
+    Stored are the packed codes (two to a byte), a block maximum per `block_size` weights, itself in
+    8 bits if `double_quant`, and the codebooks; `coverage` counts them all.
+
+    On a CPU with AVX512-BF16, `bitsandbytes` has a kernel that multiplies straight from 4-bit codes
+    in an order of its own. `settle()` brings the codes into that order and keeps, beside the stored
+    constants, the block maxima in bfloat16 as the kernel wants them (16 / block_size bits per
+    weight more while the model is in memory). Unlike bitsandbytes' own packing nothing is lost by
+    it: saving restores the stored bytes exactly.
+    """
+
+    def __init__(self, linear: nn.Linear, format: str, block_size: int, double_quant: bool):
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            compress_statistics=double_quant,
+            quant_type=format,
+            device="meta",
+        )
+        self.weight.blocksize = block_size
+        self.kernel_maxima = None
+        self.requires_grad_(False)
+
+    def quantized(self, weight: torch.Tensor) -> bnb.nn.Params4bit:
+        """The parameter that stores `weight` (out_features, in_features), on the same device."""
+        settings = self.weight
+        codes, state = quantize_4bit(
+            weight, settings.quant_type, settings.blocksize, settings.compress_statistics
+        )
+        return bnb.nn.Params4bit(
+            codes,
+            quant_state=state,
+            blocksize=settings.blocksize,
+            compress_statistics=settings.compress_statistics,
+            quant_type=settings.quant_type,
+            bnb_quantized=True,
+            module=self,
+        )
+
+    def restored(self, tensors: dict[str, torch.Tensor]) -> bnb.nn.Params4bit:
+        """The parameter from the tensors that a checkpoint holds for it."""
+        codes = tensors.pop("weight")
+        return bnb.nn.Params4bit.from_prequantized(codes, tensors, device=codes.device, module=self)
+
+    def settle(self) -> None:
+        """Bring the codes into the order of the CPU kernel, if there is one that can use them."""
+        if self.kernel_maxima is not None or not self.support_avx512bf16_for_cpu:
+            return
+        state = self.weight.quant_state
+        rows, columns = state.shape
+        tiled = rows % KERNEL_ROWS == 0 and columns % state.blocksize == 0
+        if tiled and self.weight.device.type == "cpu":
+            maxima = block_maxima(state).reshape(rows, columns // state.blocksize)
+            self.kernel_maxima = maxima.T.to(torch.bfloat16).contiguous()
+            self.weight.data = to_kernel_order(self.weight.data, rows, columns)
+
+    def unsettle(self) -> None:
+        """Bring the codes back into the order in which they are stored."""
+        if self.kernel_maxima is not None:
+            self.weight.data = to_row_order(self.weight.data, *self.weight.quant_state.shape)
+            self.kernel_maxima = None
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight (out_features, in_features) as the stored codes and constants give it."""
+        codes = self.weight.data
+        if self.kernel_maxima is not None:
+            codes = to_row_order(codes, *self.weight.quant_state.shape)
+        return bnb_functional.dequantize_4bit(codes, self.weight.quant_state)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        self.settle()
+        tokens = x.numel() // x.shape[-1]
+        fused = self.kernel_maxima is not None and tokens <= KERNEL_MAX_TOKENS
+        if fused and x.dtype == torch.bfloat16 and not x.requires_grad:
+            y = torch.ops.bitsandbytes.gemv_4bit(
+                x.contiguous(),
+                self.weight.data,
+                self.weight.quant_state.shape,
+                self.kernel_maxima,
+                self.weight.quant_state.code,
+                self.weight.quant_state.blocksize,
+            )
+            return y if self.bias is None else y + self.bias
+        return nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)
+
+    def _apply(self, fn, recurse=True):
+        self.unsettle()
+        super()._apply(fn, recurse)
+        if storage_of(self) is not None:
+            self.settle()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.unsettle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+class Linear8bit(bnb.nn.Linear8bitLt):
+    """A linear layer whose weight is stored as LLM.int8(): a byte per weight, a scale per row.
+
+    At run time the inputs are rounded to 8 bits too, but for the columns in which an input exceeds
+    6.0 in magnitude: those are multiplied in 16 bits (arXiv:2208.07339, section 3).
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=INT8_THRESHOLD,
+            device="meta",
+        )
+        self.requires_grad_(False)
+
+    def quantized(self, weight: torch.Tensor) -> bnb.nn.Int8Params:
+        """The parameter that stores `weight` (out_features, in_features), on the same device."""
+        unquantized = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        return unquantized.to(weight.device)
+
+    def restored(self, tensors: dict[str, torch.Tensor]) -> bnb.nn.Int8Params:
+        """The parameter from the tensors that a checkpoint holds for it."""
+        codes = tensors["weight"]
+        return bnb.nn.Int8Params(
+            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=tensors["SCB"]
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = super().forward(x.reshape(-1, x.shape[-1]))
+        return flat.reshape(*x.shape[:-1], self.out_features)
+
+    def settle(self) -> None:
+        """Nothing to do: the stored order is the one that is computed with."""
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight (out_features, in_features) as codes and scales give it, in float32."""
+        scales = self.weight.SCB if self.weight.SCB is not None else self.state.SCB
+        return bnb_functional.int8_vectorwise_dequant(self.weight.data, scales)
+
+
+QUANTIZED_LINEARS = (Linear4bit, Linear8bit)
+
+
+def has_cpu_kernel() -> bool:
+    """Whether this processor can multiply straight from 4-bit codes: it needs AVX512-BF16."""
+    return bool(bnb_functional.has_avx512bf16())
+
+
+def stored_linear(linear: nn.Linear, format: str, recipe: Recipe) -> nn.Module:
+    """The layer that stores `linear`'s weight in `format`; `linear` itself for a 16-bit format."""
+    if format in ("nf4", "fp4"):
+        return Linear4bit(linear, format, recipe.block_size, recipe.double_quant)
+    if format == "int8":
+        return Linear8bit(linear)
+    return linear
+
+
+def quantize_4bit(
+    weight: torch.Tensor, format: str, block_size: int, double_quant: bool
+) -> tuple[torch.Tensor, bnb_functional.QuantState]:
+    """`weight` in 4 bits, byte for byte as `bitsandbytes.functional.quantize_4bit` gives it.
+
+    On a CPU the work goes in chunks of 131,072 weights, so that its temporaries, seven times the
+    weights at hand, stay in the cache and small beside the model.
+    """
+    chunk_size = QUANTIZE_CHUNK if weight.device.type == "cpu" else weight.numel()
+    chunks = [
+        bnb_functional.quantize_4bit(
+            chunk, blocksize=block_size, quant_type=format, compress_statistics=False
+        )
+        for chunk in weight.contiguous().view(-1).split(chunk_size)
+    ]
+    codes = torch.cat([codes for codes, _ in chunks])
+    state = chunks[0][1]
+    state.shape = weight.shape
+    state.absmax = torch.cat([chunk_state.absmax for _, chunk_state in chunks])
+    if double_quant:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = bnb_functional.quantize_blockwise(
+            state.absmax - state.offset, blocksize=NESTED_BLOCK
+        )
+        state.nested = True
+    return codes, state
+
+
+def block_maxima(state: bnb_functional.QuantState) -> torch.Tensor:
+    """The block maxima (blocks,) in float32, double quantization undone."""
+    if not state.nested:
+        return state.absmax
+    return bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+
+def to_kernel_order(codes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Packed codes in row order -> in the order of the CPU kernel, the same number of bytes.
+
+    In row order a byte holds two neighbours of one row, the left one in its high half. The kernel
+    wants, for 32 rows at a time, the same column of row r (low half) and row r + 16 (high half) in
+    one byte, so that it loads 32 rows of a column pair at once.
+    """
+    tiles = codes.view(rows // 32, 2, 16, columns // 2).permute(0, 3, 2, 1).contiguous()
+    pairs = tiles.view(torch.int16)
+    left = (pairs >> 4) & 0x0F | (pairs >> 8) & 0xF0
+    right = pairs & 0x0F | (pairs >> 4) & 0xF0
+    return (left | right << 8).view(torch.uint8).reshape(rows, columns // 2)
+
+
+def to_row_order(codes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of `to_kernel_order`, in the shape (bytes, 1) that bitsandbytes stores."""
+    pairs = codes.view(rows // 32, columns // 2, 16, 2).view(torch.int16)
+    low = (pairs << 4) & 0xF0 | (pairs >> 8) & 0x0F
+    high = pairs & 0xF0 | (pairs >> 12) & 0x0F
+    tiles = (low | high << 8).view(torch.uint8)
+    return tiles.permute(0, 3, 2, 1).reshape(-1, 1)
+
+
+class Expert(nn.Module):
+    """One SwiGLU expert: `down(act(gate(x)) * up(x))`, its three matrices 2-D and apart."""
+
+    def __init__(self, hidden: int, ffn: int, act_fn: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, ffn, bias=False, device="meta", dtype=dtype)
+        self.up_proj = nn.Linear(hidden, ffn, bias=False, device="meta", dtype=dtype)
+        self.down_proj = nn.Linear(ffn, hidden, bias=False, device="meta", dtype=dtype)
+        self.act_fn = act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.ModuleList):
+    """The experts of one layer, called as transformers calls its fused ones."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(tokens, hidden), chosen (tokens, top_k), weights (tokens, top_k) -> (tokens, hidden).
+
+        Only chosen experts are touched.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in chosen.unique().tolist():
+            token, slot = torch.where(chosen == expert)
+            result = self[expert](hidden_states[token]) * weights[token, slot, None]
+            output.index_add_(0, token, result.to(output.dtype))
+        return output
+
+
+class StoredRouter:
+    """What a router becomes when its weight is quantized: its own forward, its weight dequantized.
+
+    Routers differ between families (softmax before or after the choice, normalized or not), so the
+    family's own class stays, as a base beside this one; only `weight` is read from storage.
+    """
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.stored.dequantized().to(self.stored_dtype)
+
+
+def store_router(router: nn.Module, format: str, recipe: Recipe) -> None:
+    """Make `router` keep its weight in `format`, as `router.stored`."""
+    experts, hidden = router.weight.shape
+    linear = nn.Linear(hidden, experts, bias=False, device="meta")
+    router.stored_dtype = router.weight.dtype
+    del router.weight
+    router.stored = stored_linear(linear, format, recipe)
+    kind = type(router)
+    router.__class__ = type(f"Stored{kind.__name__}", (StoredRouter, kind), {})
+
+
+def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every layer's fused experts."""
+    for name, module in model.named_modules():
+        fused = getattr(module, "gate_up_proj", None)
+        if isinstance(fused, nn.Parameter) and fused.dim() == 3:
+            yield name, module
+
+
+def take_apart(model: nn.Module) -> None:
+    """Replace fused experts by lists of `Expert`, on the meta device.
+
+    Raises ValueError for experts that are not plain SwiGLU: with biases, transposed, or with a gate
+    of their own (gpt-oss, for one).
+    """
+    for name, fused in list(fused_experts(model)):
+        plain = (
+            fused.has_gate
+            and fused.is_concatenated
+            and not (fused.has_bias or fused.is_transposed or fused.has_post_expert_norm)
+            and fused._apply_gate.__name__ == "_default_apply_gate"
+        )
+        if not plain:
+            raise ValueError(
+                f"{name} ({type(fused).__name__}) has biases, a transposed layout or a gate of its "
+                "own; experts can be quantized where they are plain gate, up and down matrices."
+            )
+        count, double_ffn, hidden = fused.gate_up_proj.shape
+        dtype = fused.gate_up_proj.dtype
+        experts = [Expert(hidden, double_ffn // 2, fused.act_fn, dtype) for _ in range(count)]
+        model.set_submodule(name, Experts(experts))
+
+
+def replace_linears(model: nn.Module, recipe: Recipe) -> None:
+    """Give every linear and router that the recipe quantizes its storage, on the meta device."""
+    for name, module in list(model.named_modules()):
+        part = part_of(name + ".weight")
+        format = recipe.format_of(part)
+        if format is None or not FORMATS[format].scaled:
+            continue
+        if part.component == "embeddings" or f"{name}.weight" in model.all_tied_weights_keys:
+            raise ValueError(
+                f"{name} cannot be stored in {format}: embeddings, and a head that shares their "
+                f"weights, are looked up, not multiplied; keep {part.component}='bf16'."
+            )
+        is_router = part.component == "router" and "weight" in module._parameters
+        if type(module) is nn.Linear:
+            _check_blocks(name, module.weight, format, recipe)
+            model.set_submodule(name, stored_linear(module, format, recipe))
+        elif is_router:
+            _check_blocks(name, module.weight, format, recipe)
+            store_router(module, format, recipe)
+
+
+def _check_blocks(name: str, weight: torch.Tensor, format: str, recipe: Recipe) -> None:
+    if FORMATS[format].scaled == "block" and weight.numel() % recipe.block_size:
+        raise ValueError(
+            f"{name} has {weight.numel():,} weights, which blocks of {recipe.block_size} do not "
+            "divide; take a smaller block size."
+        )
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Linear4bit | Linear8bit]]:
+    """Name and module of every linear in `model` that this module stores."""
+    for name, module in model.named_modules():
+        if isinstance(module, QUANTIZED_LINEARS):
+            yield name, module
+
+
+def _return_freed_memory() -> None:
+    """Have glibc hand blocks of a mebibyte and more back to the system as soon as they are freed.
+
+    Left to itself it raises that size to the largest block it has seen freed, up to 32 MiB, and
+    keeps smaller ones: a load that quantizes a thousand matrices one after the other then holds on
+    to several times the model's size.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
+
+
+@register_quantization_config(QUANT_METHOD)
+class RecipeConfig(QuantizationConfigMixin):
+    """A recipe as transformers passes it around, and as config.json keeps it."""
+
+    def __init__(self, recipe: Recipe | dict | None = None, **_):
+        self.quant_method = QUANT_METHOD
+        self.recipe = Recipe(**recipe) if isinstance(recipe, dict) else recipe or Recipe()
+
+    def to_dict(self) -> dict:
+        return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
+
+
+class Quantize(ConversionOps):
+    """Turns one tensor of a 16-bit checkpoint into the parameter that its module stores."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, model=None, **_):
+        mark("quantize")
+        (name, tensors), *_rest = input_dict.items()
+        weight = tensors[0] if isinstance(tensors, list) else tensors
+        module, _leaf = get_module_from_name(model, name)
+        _check_finite(name, weight)
+        return {name: module.quantized(weight)}
+
+
+def _check_finite(name: str, weight: torch.Tensor) -> None:
+    if torch.isfinite(weight).all():
+        return
+    bad = (~torch.isfinite(weight)).sum().item()
+    raise UnusableWeight(
+        f"{name} holds {bad:,} NaN or infinite values among {weight.numel():,}; each would ruin "
+        "its whole block. The checkpoint is damaged: download it again."
+    )
+
+
+class Restore(ConversionOps):
+    """Turns the tensors of a quantized checkpoint back into what their module stores."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, model=None, full_layer_name=None, **_):
+        tensors = {
+            key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()
+        }
+        module, leaf = get_module_from_name(model, full_layer_name)
+        if isinstance(module, QUANTIZED_LINEARS) and leaf == "weight":
+            return {"weight": module.restored(tensors)}
+        reference = model.get_parameter_or_buffer(full_layer_name)
+        return {key: tensor.to(reference.dtype) for key, tensor in tensors.items()}
+
+
+@register_quantizer(QUANT_METHOD)
+class RecipeQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model by a `RecipeConfig`."""
+
+    serialized_names = {  # noqa: RUF012 -- read by the base class
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_state.bitsandbytes__nf4",
+            "weight.quant_state.bitsandbytes__fp4",
+            "SCB",
+            "weight_format",
+        ]
+    }
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.quantization_config.recipe
+
+    def update_dtype(self, dtype):
+        return DTYPES[self.recipe.float_format]
+
+    def update_device_map(self, device_map):
+        if device_map is not None:
+            return device_map
+        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("Quantized weights cannot be kept on disk; give a GPU or 'cpu'.")
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        _return_freed_memory()
+        if any(FORMATS[format].scaled for format in self.recipe.formats_of("experts")):
+            take_apart(model)
+        replace_linears(model, self.recipe)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, module in quantized_linears(model):
+            if storage_of(module) is None:
+                raise ValueError(f"The checkpoint holds nothing for {name}: a shard is missing.")
+            module.settle()
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not (isinstance(conversion, WeightConverter) and self._restores(conversion))
+        ]
+        model.is_loaded_in_4bit = bool({"nf4", "fp4"} & self.recipe.formats)
+        return model
+
+    @staticmethod
+    def _restores(converter: WeightConverter) -> bool:
+        return any(isinstance(operation, Restore) for operation in converter.operations)
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        module, leaf = get_module_from_name(model, param_name)
+        return isinstance(module, QUANTIZED_LINEARS) and leaf == "weight"
+
+    def param_element_size(self, model, param_name, param):
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        format = self.recipe.format_of(part_of(param_name))
+        stored = stored_bytes(
+            format, *param.shape, self.recipe.block_size, self.recipe.double_quant
+        )
+        return stored / param.numel()
+
+    def get_quantize_ops(self):
+        return Quantize(self)
+
+    def get_load_operations(self):
+        return {"deserialize": Restore}
+
+    def update_weight_conversions(self, weight_conversions, model):
+        taken_apart = any(isinstance(module, Experts) for module in model.modules())
+        conversions = [
+            renamed
+            for conversion in weight_conversions
+            for renamed in (_apart(conversion) if taken_apart else [conversion])
+        ]
+        routers = [
+            WeightRenaming(f"{name}.", f"{name}.stored.")
+            for name, module in model.named_modules()
+            if isinstance(module, StoredRouter)
+        ]
+        return super().update_weight_conversions(conversions + routers, model)
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True
+
+
+def _apart(conversion) -> list:
+    """The conversion that leaves experts apart, in place of one that merges them.
+
+    transformers merges `.experts.*.w1.weight` and `.experts.*.w3.weight` into
+    `.experts.gate_up_proj`; the order of the sources says which is the gate. What remains to be
+    done is `.experts.3.w1.` -> `.experts.3.gate_proj.`.
+    """
+    merges = isinstance(conversion, WeightConverter) and any(
+        isinstance(operation, MergeModulelist) for operation in conversion.operations
+    )
+    if not merges or ".experts." not in conversion.target_patterns[0]:
+        return [conversion]
+    target = conversion.target_patterns[0]
+    places = ("gate_proj", "up_proj") if target.endswith("gate_up_proj") else ("down_proj",)
+    published = [source.split(".")[-2] for source in conversion._original_source_patterns]
+    return [
+        WeightRenaming(rf"\.experts\.(\d+)\.{name}\.", rf".experts.\1.{place}.")
+        for name, place in zip(published, places, strict=True)
+        if name != place
+    ]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one weight matrix is kept: the format, the bytes, and the constants' settings.
+
+    `stored_bytes` counts codes and every constant, as they are saved; `kernel_bytes` what a kernel
+    keeps beside them while the model is in memory.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    stored_bytes: int
+    kernel_bytes: int = 0
+    block_size: int | None = None
+    double_quant: bool | None = None
+
+
+def storage_of(module: nn.Module) -> Storage | None:
+    """How a bitsandbytes linear keeps its weight, ours or stock; None for any other module."""
+    if isinstance(module, bnb.nn.Linear4bit) and module.weight.quant_state is not None:
+        state = module.weight.quant_state
+        constants = [state.absmax, state.code]
+        if state.nested:
+            constants += [state.state2.absmax, state.state2.code, state.offset]
+        kernel_maxima = getattr(module, "kernel_maxima", None)
+        return Storage(
+            state.quant_type,
+            tuple(state.shape),
+            _bytes(module.weight.data, *constants),
+            0 if kernel_maxima is None else _bytes(kernel_maxima),
+            state.blocksize,
+            state.nested,
+        )
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+        if scales is not None:
+            codes = module.weight.data
+            return Storage("int8", tuple(codes.shape), _bytes(codes, scales))
+    return None
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
