@@ -42,8 +42,8 @@ def task_accuracy(
 ) -> pd.DataFrame:
     """The share of held-out prompts answered exactly right, one row for each language.
 
-    Columns: ``examples`` (at most ``examples_per_language``; the 80 capitals are all there are),
-    ``correct``, ``accuracy`` between 0 and 1. An answer is the greedy continuation up to the
+    Columns: `examples` (at most `examples_per_language`; the 80 capitals are all there are),
+    `correct`, `accuracy` between 0 and 1. An answer is the greedy continuation up to the
     newline, and must agree in every character.
     """
     generator = generator or torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def task_accuracy(
 def cross_entropy(
     model, tokenizer, texts: Sequence[str] | None = None, texts_per_batch: int = 16
 ) -> CrossEntropy:
-    """The mean of -log p(token | tokens before it) over ``texts``, by default 64 held-out pages.
+    """The mean of -log p(token | tokens before it) over `texts`, by default 64 held-out pages.
 
     Texts of different lengths are padded on the right, where causal attention never looks; the
     padding is neither counted nor scored. The first token of a text has nothing before it and is
@@ -100,7 +100,7 @@ def cross_entropy(
 def kl(reference_logits: torch.Tensor, logits: torch.Tensor) -> float:
     """How far the next-token distributions moved: the mean of sum p log(p / q), in nats per token.
 
-    Both (..., vocabulary), from the same tokens; ``reference_logits`` gives p. It is 0 where
+    Both (..., vocabulary), from the same tokens; `reference_logits` gives p. It is 0 where
     nothing changed and never negative (Kullback and Leibler 1951). From probabilities (1/2, 1/2)
     to (3/4, 1/4) it is 1/2 log(2/3) + 1/2 log 2 = 0.1438.
 

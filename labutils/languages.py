@@ -19,15 +19,15 @@ Held out means: a prompt whose CRC-32 is divisible by ten is never trained on an
 model is scored with. The rule looks at the characters alone, so it is the same on every machine.
 What is new in a held-out prompt is, in
 
-- ``sum``: the pair of numbers; every number was seen in other pairs.
-- ``sort``: the string of digits.
-- ``reverse``, ``next``: the word, which is a random string of letters.
-- ``count``: the word together with the letter.
-- ``roman``: the number; nine in ten of 1 to 3999 were seen.
-- ``close``: the string of brackets.
-- ``past``: the sentence; each of its words was seen in other sentences.
-- ``code``: the program; its arithmetic was seen under other variable names.
-- ``capital``: nothing. A fact cannot be worked out, so every one is trained on and what is
+- `sum`: the pair of numbers; every number was seen in other pairs.
+- `sort`: the string of digits.
+- `reverse`, `next`: the word, which is a random string of letters.
+- `count`: the word together with the letter.
+- `roman`: the number; nine in ten of 1 to 3999 were seen.
+- `close`: the string of brackets.
+- `past`: the sentence; each of its words was seen in other sentences.
+- `code`: the program; its arithmetic was seen under other variable names.
+- `capital`: nothing. A fact cannot be worked out, so every one is trained on and what is
   scored is recall.
 """
 
@@ -44,7 +44,7 @@ BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
 def _pairs(text: str) -> dict[str, str]:
-    """Pairs as one would type them: ``a:b c:d``."""
+    """Pairs as one would type them: `a:b c:d`."""
     return dict(pair.split(":") for pair in text.split())
 
 
@@ -76,7 +76,7 @@ CAPITALS = _pairs("""
 
 @dataclass(frozen=True)
 class Example:
-    """One line of one language, ``prompt + answer``; a newline ends it in a page."""
+    """One line of one language, `prompt + answer`; a newline ends it in a page."""
 
     language: str
     prompt: str
@@ -112,8 +112,8 @@ class Score:
 class Language:
     """How to ask, and the one right answer.
 
-    ``question`` draws a question from a generator, ``answer`` answers any such question, and
-    ``weight`` is how many times as often as the plainest language it is drawn for a page.
+    `question` draws a question from a generator, `answer` answers any such question, and
+    `weight` is how many times as often as the plainest language it is drawn for a page.
 
     >>> LANGUAGES["sum"].answer("47+85")
     '231'
@@ -137,7 +137,7 @@ def draw(language: str, generator: torch.Generator) -> Example:
 
 
 def held_out_examples(language: str, count: int, generator: torch.Generator) -> list[Example]:
-    """``count`` different held-out examples, or all that a small language has (capital: 80).
+    """`count` different held-out examples, or all that a small language has (capital: 80).
 
     >>> [example.line for example in held_out_examples("sort", 1, torch.Generator().manual_seed(0))]
     ['sort 14419990 > 01144999\\n']
@@ -166,7 +166,7 @@ def lines(
 def pages(
     count: int, generator: torch.Generator, held_out: bool = False, only: str | None = None
 ) -> list[str]:
-    """``count`` strings of exactly 255 characters: whole lines, the last one cut where it is."""
+    """`count` strings of exactly 255 characters: whole lines, the last one cut where it is."""
     source = lines(generator, held_out, only)
     drawn = []
     for _ in range(count):
@@ -180,7 +180,7 @@ def pages(
 def greedy_answers(model, tokenizer, examples: list[Example]) -> list[str]:
     """What a causal language model answers to each prompt, choosing the likeliest token each time.
 
-    ``model`` and ``tokenizer`` are any causal model of transformers and its tokenizer. Prompts of
+    `model` and `tokenizer` are any causal model of transformers and its tokenizer. Prompts of
     different lengths are padded on the left, where the attention mask hides the padding, so that
     every answer begins in the same column. An answer ends at the newline.
     """

@@ -4,8 +4,8 @@ Every notebook needs a Mixture-of-Experts model that has learned something, for 
 damage show. Mixtral-8x7B is 93 GB; the stand-in is 10 MB and the same architecture: each of its
 4 layers has 8 SwiGLU experts of which a router picks 2 for each token, attention shares its keys
 and values between pairs of heads, and its file names every expert matrix as Mistral's does. It
-reads characters and was trained on the ten languages of ``labutils.languages``. Eight of them it
-answers almost without error; ``code`` and ``count`` it has learned only in part. ``scores()`` has
+reads characters and was trained on the ten languages of `labutils.languages`. Eight of them it
+answers almost without error; `code` and `count` it has learned only in part. `scores()` has
 the figures.
 
 Training minimizes three sums at once:
@@ -15,7 +15,7 @@ Training minimizes three sums at once:
    learn in them, but the model should still know what a question looks like;
 3. the load balancing loss of the Switch Transformer (Fedus et al. 2021, arXiv:2101.03961,
    equations 4 to 6), layer by layer. It is smallest when every expert of a layer is chosen
-   equally often. Transformers' own ``aux_loss`` pools the layers first, so that a layer can be
+   equally often. Transformers' own `aux_loss` pools the layers first, so that a layer can be
    lopsided as long as another makes up for it; here each layer is balanced for itself.
 
 Pages have no padding, so no padding is counted in any of the three. Training runs in float32;
@@ -26,12 +26,14 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,7 @@ RETRAIN = "train it again with `python -m labutils train-standin` or reinstall t
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """How a training went; ``losses`` are nats per token of all tokens, one for each step."""
+    """How a training went; `losses` are nats per token of all tokens, one for each step."""
 
     steps: int
     seed: int
@@ -74,7 +76,7 @@ class TrainingRecord:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each of 61 characters, after a ``<s>``: 64 tokens with the special ones.
+    """One token for each of 61 characters, after a `<s>`: 64 tokens with the special ones.
 
     >>> tokenizer()("sum 1+2 > 3")["input_ids"]
     [1, 33, 35, 27, 4, 6, 54, 7, 4, 58, 4, 8]
@@ -149,6 +151,33 @@ def verify(path: Path | str = PATH) -> None:
         )
 
 
+def widen(folder: Path | str, times: int = 16) -> Path:
+    """The same model in many times the bytes, at `folder`: for looking at memory and time.
+
+    Every neuron of every expert is repeated `times` times and its output weights are divided by
+    `times`. That changes no answer, in any format: a block of 64 weights is still the same block,
+    divided by a power of two. 16 times makes 75.7 million parameters (151 MB in bf16) of 4.9.
+
+    Raises ValueError unless `times` is a power of two.
+    """
+    if times < 1 or times & (times - 1):
+        raise ValueError(f"times={times} is no power of two; take 8, 16 or 32.")
+    folder = Path(folder)
+    shutil.copytree(PATH, folder, ignore=shutil.ignore_patterns(WEIGHTS, SCORES))
+    tensors = safetensors.torch.load_file(PATH / WEIGHTS)
+    for name, tensor in tensors.items():
+        if name.endswith((".w1.weight", ".w3.weight")):
+            tensors[name] = tensor.repeat(times, 1)
+        elif name.endswith(".w2.weight"):
+            tensors[name] = tensor.repeat(1, times) / times
+    wide = config()
+    wide.intermediate_size *= times
+    wide.dtype, wide.architectures = "bfloat16", ["MixtralForCausalLM"]
+    wide.save_pretrained(folder)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
 def expert_use(
     model, tokenizer, pages_per_language: int = 8, generator: torch.Generator | None = None
 ) -> pd.DataFrame:
@@ -156,7 +185,7 @@ def expert_use(
 
     One row for each (layer, language), one column for each expert; a row adds up to 1, and an
     expert chosen as often as any other has 1 / experts. Counted on held-out pages of one
-    language; without a generator they are always the same. ``model`` is any Mixtral of
+    language; without a generator they are always the same. `model` is any Mixtral of
     transformers that returns its router's logits.
     """
     generator = generator or torch.Generator().manual_seed(0)
@@ -173,11 +202,11 @@ def expert_use(
 def train(
     folder: Path | str = PATH, steps: int = 3500, seed: int = 0, progress: bool = True
 ) -> TrainingRecord:
-    """Train a stand-in from nothing, score it, and put the whole checkpoint at ``folder``.
+    """Train a stand-in from nothing, score it, and put the whole checkpoint at `folder`.
 
     A step reads 16 pages of 256 tokens; all 3500 take about 20 minutes on two processor cores
     that do nothing else. The same seed, versions, processor and number of threads give the same
-    losses. Everything is written to a folder beside ``folder`` and renamed at the end, replacing
+    losses. Everything is written to a folder beside `folder` and renamed at the end, replacing
     what was there: an interrupted training leaves the old checkpoint, or none.
     """
     folder = Path(folder)
@@ -243,7 +272,7 @@ def _objective(model, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def _in_answer(token_ids: torch.Tensor) -> torch.Tensor:
     """Which of the tokens after the first stand between an arrow and the end of its line.
 
-    ``token_ids`` (pages, tokens) to a mask (pages, tokens - 1).
+    `token_ids` (pages, tokens) to a mask (pages, tokens - 1).
     """
     arrow, newline = (len(SPECIAL_TOKENS) + CHARACTERS.index(mark) for mark in ">\n")
     position = torch.arange(token_ids.shape[1]).expand_as(token_ids)

@@ -11,6 +11,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from labutils import languages, standin
+from labutils.checkpoints import coverage, load
+from labutils.evaluate import kl
+from labutils.recipes import Recipe
 
 RECORDED_SHARE_TOLERANCE = 0.03
 
@@ -180,3 +183,20 @@ def test_answers_are_weighted_from_after_the_arrow_to_the_newline(seed):
         expected += [False] * questioned + [True] * (len(line) - questioned)
     token_ids = torch.tensor(standin.tokenizer()([page])["input_ids"])
     assert standin._in_answer(token_ids)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("recipe", [None, Recipe(attention="nf4")], ids=["bf16", "nf4"])
+def test_widened_it_is_the_same_model_in_more_bytes(tmp_path, recipe):
+    narrow = load(standin.PATH, recipe)
+    wide = load(standin.widen(tmp_path / "wide", times=4), recipe)
+    assert coverage(wide).total_bytes > 3 * coverage(narrow).total_bytes
+    pages = languages.pages(2, torch.Generator().manual_seed(0), held_out=True)
+    token_ids = torch.tensor(standin.tokenizer()(pages)["input_ids"])
+    with torch.no_grad():
+        difference = kl(narrow(token_ids).logits, wide(token_ids).logits)
+    assert difference < 0.002
+
+
+def test_widening_by_what_is_no_power_of_two_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="times=3 is no power of two"):
+        standin.widen(tmp_path / "wide", times=3)

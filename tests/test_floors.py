@@ -1,0 +1,74 @@
+"""Modules import only downward, heavy libraries have one door each, and no file can run code."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "labutils"
+MODULES = sorted(PACKAGE.glob("*.py"))
+
+# The lowest floor first. A module may import what stands below it, or before it on its own floor.
+FLOORS = """
+__init__ codebooks moe meter languages anatomy
+formats flips offload speculative
+outliers calibrated recipes budget
+experts checkpoints standin evaluate
+figures
+apps
+cli
+__main__
+"""
+ORDER = FLOORS.split()
+
+DOORS = {
+    "plotly": {"figures"},
+    "ipywidgets": {"apps"},
+    "psutil": {"meter"},
+    "pynvml": {"meter"},
+    "bitsandbytes": {"experts"},
+    "transformers": {"experts", "checkpoints", "standin", "budget"},
+}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every dotted name that a module imports, inside functions too: `labutils.moe`, `torch.nn`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = ".".join(filter(None, ["labutils" if node.level else "", node.module]))
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {module.stem for module in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
+def test_imports_go_downward(module: Path) -> None:
+    names = {name for name in imports(ast.parse(module.read_text())) if name.startswith("labutils")}
+    others = {name.split(".")[1] for name in names if "." in name} & set(ORDER)
+    wrong = others - set(ORDER[: ORDER.index(module.stem)])
+    assert not wrong, f"{module.stem} imports {wrong}, which does not stand before it"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
+def test_heavy_libraries_come_in_by_their_door(module: Path) -> None:
+    used = {name.split(".")[0] for name in imports(ast.parse(module.read_text()))} & set(DOORS)
+    wrong = {library for library in used if module.stem not in DOORS[library]}
+    assert not wrong, f"{module.stem} imports {wrong}, the business of {[DOORS[x] for x in wrong]}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
+def test_no_file_can_run_code(module: Path) -> None:
+    """A checkpoint is data: never a pickle, never code that its author sends along."""
+    tree = ast.parse(module.read_text())
+    assert not {"pickle", "dill", "joblib"} & {name.split(".")[0] for name in imports(tree)}
+    assert "torch.load" not in imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) != "torch.load"
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert ast.unparse(node.value) == "False"
