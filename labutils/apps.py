@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import ipywidgets as widgets
 
-from .figures import Figure, FigureWidget, changeable, memory_chart
+from .figures import Figure, FigureWidget, cache_growth, changeable, memory_chart
 from .meter import Meter, Record
 
 _DRAWING = threading.Lock()
@@ -97,3 +97,33 @@ def live_memory(meter: Meter) -> widgets.VBox:
 
 def _chart_of(record: Record) -> Figure:
     return memory_chart(record.samples, record.runs)
+
+
+def kv_cache(weights_bytes: int, token_bytes: int, rooms: dict[str, int]) -> widgets.VBox:
+    """Weights and KV cache under the reader's hand: how long a context, how many sequences.
+
+    `token_bytes` is what one token of one sequence adds; `rooms` are the memories to hold it
+    against, in bytes by name. It starts with one sequence of 32,768 tokens.
+
+    Example: `kv_cache(budget.weights_bytes, kv_cache_bytes(config, 1), {"24 GiB": 24 * 2**30})`.
+    """
+    context = widgets.SelectionSlider(
+        options=[(f"{2**power:,}", 2**power) for power in range(9, 18)],
+        value=2**15,
+        description="context",
+        continuous_update=False,
+    )
+    batch = widgets.IntSlider(1, 1, 32, description="sequences", continuous_update=False)
+
+    def picture() -> Figure:
+        return cache_growth(weights_bytes, token_bytes * batch.value, context.value, rooms)
+
+    chart, errors = changeable(picture()), ErrorLine()
+
+    def draw(_change) -> None:
+        with errors.shown():
+            redraw(chart, picture())
+
+    for control in (context, batch):
+        control.observe(draw, names="value")
+    return widgets.VBox([widgets.HBox([context, batch]), chart, errors])

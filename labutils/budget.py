@@ -109,8 +109,8 @@ def kv_cache_bytes(config: PreTrainedConfig, context_tokens: int, batch_size: in
     """Bytes of the keys and values of `batch_size` sequences of `context_tokens`, in 16 bits.
 
     A layer with a sliding window keeps at most its window; multi-head latent attention (DeepSeek)
-    keeps one compressed vector a token instead of a key and a value a head. Left out: the constant-size states of
-    linear-attention layers.
+    keeps one compressed vector a token instead of a key and a value a head. Left out: the states of
+    linear-attention layers, whose size is constant.
     """
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

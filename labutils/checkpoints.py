@@ -23,7 +23,13 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TextStreamer,
+)
 
 from .anatomy import COMPONENTS, Part, part_of
 from .budget import Budget, matrices, predict, weights_of
@@ -396,6 +402,32 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer=None) -> Path:
         return unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class _MarkingStreamer(TextStreamer):
+    """Prints tokens as they come; marks that the first one is under way, and that it is there."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=False, skip_special_tokens=True)
+        self._phases = iter(("first token", "generate"))
+
+    def put(self, value):
+        mark(next(self._phases, "generate"))
+        super().put(value)
+
+
+def stream(model: PreTrainedModel, tokenizer, prompt: str, max_new_tokens: int = 50) -> None:
+    """Print `prompt` and the model's greedy continuation, token by token as they come.
+
+    A meter that is recording gets the phases `first token` and `generate`.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=_MarkingStreamer(tokenizer),
+    )
 
 
 class NotCovered(AssertionError):

@@ -1,9 +1,9 @@
 """The lab in a terminal: `python -m labutils doctor`, `load` and `train-standin`.
 
-    python -m labutils doctor
-    python -m labutils load mistralai/Mixtral-8x7B-v0.1 --experts nf4 --attention nf4
-    python -m labutils load ./my-mixtral --experts nf4 --save ./my-mixtral-nf4
-    python -m labutils train-standin ./standin
+python -m labutils doctor
+python -m labutils load mistralai/Mixtral-8x7B-v0.1 --experts nf4 --attention nf4
+python -m labutils load ./my-mixtral --experts nf4 --save ./my-mixtral-nf4
+python -m labutils train-standin ./standin
 """
 
 import argparse
@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m labutils", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    doctor = commands.add_parser("doctor", help="what this machine is, and whether the lab is whole")
+    doctor = commands.add_parser(
+        "doctor", help="what this machine is, and whether the lab is whole"
+    )
     doctor.set_defaults(run=_doctor)
 
     loading = commands.add_parser("load", help="load a checkpoint quantized, and prove that it is")
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         loading.add_argument(
             f"--{component.replace('_', '-')}",
             choices=FORMATS,
-            help=f"its format; without any of these, as stored, else {getattr(defaults, component)}",
+            help=f"its format ({getattr(defaults, component)} where another is given)",
         )
     loading.add_argument("--save", metavar="FOLDER", help="save it as it is stored")
     loading.add_argument("--device-map", help="as in transformers: auto, cpu, cuda:0")
@@ -64,12 +66,17 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(chosen: argparse.Namespace) -> None:
     here = machine()
     print(f"{here.platform}, {here.cores} cores")
-    print(f"memory   {here.available_bytes / GIB:.1f} of {here.total_bytes / GIB:.1f} GiB available")
+    print(
+        f"memory   {here.available_bytes / GIB:.1f} of {here.total_bytes / GIB:.1f} GiB available"
+    )
     for gpu in here.gpus:
-        print(f"GPU      {gpu.name}, {gpu.free_bytes / GIB:.1f} of {gpu.total_bytes / GIB:.1f} GiB free")
+        free, total = gpu.free_bytes / GIB, gpu.total_bytes / GIB
+        print(f"GPU      {gpu.name}, {free:.1f} of {total:.1f} GiB free")
     if not here.gpus:
-        kernel = "the fused 4-bit CPU kernel works" if has_cpu_kernel() else (
-            "no fused 4-bit CPU kernel (it needs AVX512-BF16): 4-bit runs slower than 16-bit"
+        kernel = (
+            "the fused 4-bit CPU kernel works"
+            if has_cpu_kernel()
+            else ("no fused 4-bit CPU kernel (it needs AVX512-BF16): 4-bit runs slower than 16-bit")
         )
         print(f"GPU      none; {kernel}")
     print("versions " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES))

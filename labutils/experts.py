@@ -23,12 +23,11 @@ Mixtral, OLMoE, Qwen3-MoE and their relatives.
 import ctypes
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes import functional as bnb_functional
 from torch import nn
 from transformers.core_model_loading import (
     ConversionOps,
@@ -46,6 +45,13 @@ from .formats import FORMATS, NESTED_BLOCK, stored_bytes
 from .meter import mark
 from .recipes import Recipe
 
+# While it is imported, bitsandbytes says on some processors that a kernel on the hub was not
+# fetched. Nothing is fetched at import, and its own kernel serves.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import bitsandbytes as bnb  # noqa: E402
+from bitsandbytes import functional as bnb_functional  # noqa: E402
+
 QUANT_METHOD = "labutils"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -59,6 +65,7 @@ INT8_THRESHOLD = 6.0
 
 M_MMAP_THRESHOLD = -3
 RETURNED_BYTES = 2**20
+RETURNED_WEIGHTS = 2**22
 
 # bitsandbytes says so at every INT8 multiplication of a bf16 model; it is how LLM.int8() works.
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
@@ -244,13 +251,15 @@ def quantize_4bit(
     On a CPU the work goes in chunks of 131,072 weights, so that its temporaries, seven times the
     weights at hand, stay in the cache and small beside the model.
     """
-    chunk_size = QUANTIZE_CHUNK if weight.device.type == "cpu" else weight.numel()
-    chunks = [
-        bnb_functional.quantize_4bit(
+
+    def quantize(chunk):
+        return bnb_functional.quantize_4bit(
             chunk, blocksize=block_size, quant_type=format, compress_statistics=False
         )
-        for chunk in weight.contiguous().view(-1).split(chunk_size)
-    ]
+
+    flat = weight.contiguous().view(-1)
+    on_cpu = weight.device.type == "cpu"
+    chunks = _on_all_cores(quantize, flat.split(QUANTIZE_CHUNK)) if on_cpu else [quantize(flat)]
     codes = torch.cat([codes for codes, _ in chunks])
     state = chunks[0][1]
     state.shape = weight.shape
@@ -262,6 +271,22 @@ def quantize_4bit(
         )
         state.nested = True
     return codes, state
+
+
+def _on_all_cores(function, chunks: Sequence[torch.Tensor]) -> list:
+    """`function` of each chunk, a thread for each core and one core for each thread.
+
+    As fast as letting every operation use all cores, and ten times faster where another program
+    keeps one of them busy: threads that share an operation wait for the slowest at its end.
+    """
+    threads = torch.get_num_threads()
+    if len(chunks) == 1 or threads == 1:
+        return list(map(function, chunks))
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, chunks))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def block_maxima(state: bnb_functional.QuantState) -> torch.Tensor:
@@ -418,7 +443,7 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Linear4bit | Line
 
 
 def _return_freed_memory() -> None:
-    """Have glibc hand blocks of a mebibyte and more back to the system as soon as they are freed.
+    """Have glibc hand freed memory back to the system, at once for blocks of a mebibyte and more.
 
     Left to itself it raises that size to the largest block it has seen freed, up to 32 MiB, and
     keeps smaller ones: a load that quantizes a thousand matrices one after the other then holds on
@@ -426,6 +451,7 @@ def _return_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
+        libc.malloc_trim(0)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -452,7 +478,9 @@ class Quantize(ConversionOps):
         weight = tensors[0] if isinstance(tensors, list) else tensors
         module, _leaf = get_module_from_name(model, name)
         _check_finite(name, weight)
-        return {name: module.quantized(weight)}
+        stored = {name: module.quantized(weight)}
+        self.hf_quantizer.worked_on(weight.numel())
+        return stored
 
 
 def _check_finite(name: str, weight: torch.Tensor) -> None:
@@ -504,6 +532,13 @@ class RecipeQuantizer(HfQuantizer):
     def recipe(self) -> Recipe:
         return self.quantization_config.recipe
 
+    def worked_on(self, weights: int) -> None:
+        """Return the memory that temporaries have left behind, every few million weights."""
+        self._weights_since_return += weights
+        if self._weights_since_return >= RETURNED_WEIGHTS:
+            self._weights_since_return = 0
+            _return_freed_memory()
+
     def update_dtype(self, dtype):
         return DTYPES[self.recipe.float_format]
 
@@ -517,6 +552,7 @@ class RecipeQuantizer(HfQuantizer):
             raise ValueError("Quantized weights cannot be kept on disk; give a GPU or 'cpu'.")
 
     def _process_model_before_weight_loading(self, model, **kwargs):
+        self._weights_since_return = 0
         _return_freed_memory()
         if any(FORMATS[format].scaled for format in self.recipe.formats_of("experts")):
             take_apart(model)
@@ -527,6 +563,7 @@ class RecipeQuantizer(HfQuantizer):
             if storage_of(module) is None:
                 raise ValueError(f"The checkpoint holds nothing for {name}: a shard is missing.")
             module.settle()
+            self.worked_on(module.in_features * module.out_features)
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions

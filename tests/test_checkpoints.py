@@ -112,7 +112,7 @@ def test_the_stock_route_leaves_the_experts_in_16_bits(published):
     covered = coverage(stock)
     assert covered.bits_per_weight("experts") == 16
     assert covered.bits_per_weight("attention") < 5
-    with pytest.raises(NotCovered, match="experts: asked for nf4, found bf16, 16.00 bits"):
+    with pytest.raises(NotCovered, match=r"experts: asked for nf4, found bf16, 16.00 bits"):
         covered.require(Recipe(attention="nf4"))
 
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_transformers_4_gives_the_logits_that_ours_gives(
 
 def test_a_quantized_checkpoint_is_not_quantized_again(published, tmp_path):
     saved = save(load(published, Recipe()), tmp_path / "saved")
-    with pytest.raises(ValueError, match="stored as experts nf4.*recipe=None"):
+    with pytest.raises(ValueError, match=r"stored as experts nf4.*recipe=None"):
         load(saved, Recipe(experts="int8"))
 
 
@@ -180,7 +180,7 @@ def test_an_interrupted_save_leaves_nothing_under_the_name(published, tmp_path, 
 
 
 def test_saving_over_something_is_refused(published, tmp_path):
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match=r"exists already"):
         save(load(published, Recipe()), tmp_path)
 
 
@@ -203,9 +203,9 @@ def test_an_interrupted_load_leaves_the_checkpoint_loadable(published, monkeypat
 
 
 def test_a_missing_folder_is_looked_for_as_a_folder_first(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder"):
         load(tmp_path / "nothing", Recipe())
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder"):
         load("./nothing/there")
 
 
@@ -217,13 +217,13 @@ def test_a_folder_without_a_config_is_no_checkpoint(damaged):
 
 def test_a_missing_shard_is_named(damaged):
     (damaged / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="1 of 3 shards.*model-00002-of-00003"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 shards.*model-00002-of-00003"):
         load(damaged, Recipe())
 
 
 def test_weights_without_an_index_are_not_taken_for_whole(damaged):
     (damaged / INDEX).unlink()
-    with pytest.raises(FileNotFoundError, match="an interrupted save leaves neither"):
+    with pytest.raises(FileNotFoundError, match=r"an interrupted save leaves neither"):
         load(damaged, Recipe())
 
 
@@ -237,7 +237,7 @@ def test_a_truncated_shard_is_named_with_both_sizes(damaged, kept):
 
 def test_a_file_of_another_kind_is_no_safetensors_file(damaged):
     (damaged / "model-00002-of-00003.safetensors").write_bytes(b"PK\x03\x04" * 100)
-    with pytest.raises(ValueError, match="does not begin like a safetensors file"):
+    with pytest.raises(ValueError, match=r"does not begin like a safetensors file"):
         load(damaged, Recipe())
 
 
@@ -248,7 +248,7 @@ def change_config(folder, **changes):
 
 def test_a_wrong_number_of_experts_is_counted(damaged):
     change_config(damaged, num_local_experts=9)
-    with pytest.raises(ValueError, match="Layer 0 has 8 experts in the files, 9 by the config"):
+    with pytest.raises(ValueError, match=r"Layer 0 has 8 experts in the files, 9 by the config"):
         load(damaged, Recipe())
 
 
@@ -276,7 +276,7 @@ def test_a_weight_that_is_no_number_is_named(damaged):
 
 def test_a_foreign_quantization_is_refused_by_name(damaged):
     change_config(damaged, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match="quantized with gptq"):
+    with pytest.raises(ValueError, match=r"quantized with gptq"):
         load(damaged)
 
 

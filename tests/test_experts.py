@@ -144,7 +144,7 @@ def logits(model) -> torch.Tensor:
 def test_experts_taken_apart_compute_what_the_fused_ones_do(checkpoint):
     """With one expert in INT8 the others are 16-bit linears; then that one is given its own back.
 
-    So everything but the arithmetic of one expert is compared: names, order of gate and up, routing.
+    So all but the arithmetic of one expert is compared: names, order of gate and up, routing.
     """
     stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     recipe = Recipe(

@@ -43,7 +43,8 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def test_every_module_has_a_floor() -> None:
-    assert {module.stem for module in MODULES} == set(ORDER)
+    """A floor may be planned before its module is built; a module never stands outside."""
+    assert {module.stem for module in MODULES} <= set(ORDER)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
