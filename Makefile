@@ -51,6 +51,9 @@ clean:
 		"$(PYTHON)" -m venv --clear .venv; }
 	@rm -f $@
 	@.venv/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt --editable ".[test]"
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
+		> .venv/share/jupyter/lab/settings/overrides.json
 	@pwd -P > $@
 
 define require_python

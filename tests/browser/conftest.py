@@ -164,10 +164,14 @@ class NotebookPage:
                 .map(cell => cell.model.sharedModel.source)"""
         )
 
+    def cell(self, index: int) -> Locator:
+        """One cell as it stands in the page, with its outputs."""
+        cells = self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
+        return cells.nth(index)
+
     def plot(self, index: int) -> Locator:
         """The plotly chart that a cell shows."""
-        cells = self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
-        return cells.nth(index).locator(".js-plotly-plot")
+        return self.cell(index).locator(".js-plotly-plot")
 
     def points(self, index: int) -> int:
         """How many points the chart of a cell has now, over all its traces."""
