@@ -12,6 +12,8 @@ from labutils.apps import ErrorLine, live_memory, redraw
 from labutils.figures import changeable
 from labutils.meter import MIB, Meter, mark
 
+GIB = 2**30
+
 
 def eventually(holds: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 10
@@ -129,3 +131,15 @@ def test_redraws_from_several_threads_are_each_whole() -> None:
     for thread in threads:
         thread.join()
     assert not broken
+
+
+def test_the_cache_app_follows_its_controls():
+    box = apps.kv_cache(2 * GIB, 2**17, {"a card": 8 * GIB})
+    controls, chart, errors = box.children
+    context, batch = controls.children
+    assert chart.layout.title.text == "a card has room for all 32,768 tokens"
+    batch.value = 4
+    assert chart.layout.title.text == "a card is full after 12,288 tokens"
+    context.value = 2**12
+    assert chart.data[1].y[-1] == 2.0
+    assert errors.value == ""

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from labutils import checkpoints, experts
+from labutils import checkpoints, experts, standin
 from labutils.budget import predict
-from labutils.checkpoints import NotCovered, coverage, load, save
+from labutils.checkpoints import NotCovered, coverage, load, save, stream
+from labutils.meter import Meter
 from labutils.recipes import Recipe
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -130,6 +131,14 @@ def test_the_proof_fails_for_anything_but_what_is_there(published, asked, messag
     covered.require(Recipe())
     with pytest.raises(NotCovered, match=message):
         covered.require(asked)
+
+
+def test_text_is_printed_as_it_comes_and_its_phases_are_marked(capsys):
+    model, meter = load(standin.PATH), Meter()
+    with meter("answer"):
+        stream(model, standin.tokenizer(), "capital kenya > ")
+    assert capsys.readouterr().out.startswith("capital kenya > nairobi")
+    assert [phase.name for phase in meter.runs[0].phases] == ["first token", "generate"]
 
 
 # ---------------------------------------------------------------------------- save and reload
