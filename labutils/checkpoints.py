@@ -33,15 +33,14 @@ from transformers import (
 
 from .anatomy import COMPONENTS, Part, part_of
 from .budget import Budget, matrices, predict, weights_of
-from .experts import RecipeConfig, UnusableWeight, storage_of
+from .experts import DTYPES, RecipeConfig, UnusableWeight, first_device, storage_of
 from .formats import FORMATS
-from .meter import available_bytes, mark
+from .meter import GIB, available_bytes, mark
 from .recipes import Recipe
 
-GIB = 2**30
 HUB_TIMEOUT_SECONDS = 5
 FLOAT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-DTYPE_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPE_FORMATS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -276,14 +275,12 @@ def _from_pretrained(
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if checkpoint.recipe.quantizes:
         config.quantization_config = settings.to_dict()
-    if device_map is None:
-        device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
         config=config,
         quantization_config=settings if quantizes_now else None,
-        dtype=next(dtype for dtype, name in DTYPE_FORMATS.items() if name == recipe.float_format),
-        device_map=device_map,
+        dtype=DTYPES[recipe.float_format],
+        device_map=device_map or first_device(),
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,

@@ -12,10 +12,10 @@ from importlib.metadata import version
 
 from . import standin
 from .budget import predict
-from .checkpoints import GIB, NotCovered, coverage, load, locate, save
+from .checkpoints import NotCovered, coverage, load, locate, save
 from .experts import has_cpu_kernel
 from .formats import FORMATS
-from .meter import Meter, machine
+from .meter import GIB, Meter, machine
 from .recipes import Recipe
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "jupyterlab", "ipywidgets", "plotly")

@@ -234,6 +234,11 @@ def has_cpu_kernel() -> bool:
     return bool(bnb_functional.has_avx512bf16())
 
 
+def first_device() -> dict[str, int | str]:
+    """The device map that puts a whole model on the current GPU, or on the CPU without one."""
+    return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+
+
 def stored_linear(linear: nn.Linear, format: str, recipe: Recipe) -> nn.Module:
     """The layer that stores `linear`'s weight in `format`; `linear` itself for a 16-bit format."""
     if format in ("nf4", "fp4"):
@@ -543,9 +548,7 @@ class RecipeQuantizer(HfQuantizer):
         return DTYPES[self.recipe.float_format]
 
     def update_device_map(self, device_map):
-        if device_map is not None:
-            return device_map
-        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        return device_map or first_device()
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         if isinstance(device_map, dict) and "disk" in device_map.values():

@@ -26,7 +26,7 @@ from plotly.subplots import make_subplots
 
 from .budget import Budget
 from .checkpoints import Coverage
-from .meter import Memory, Run, Samples
+from .meter import GIB, MIB, Memory, Run, Samples
 
 # ---------------------------------------------------------------------------------- house style
 
@@ -173,9 +173,6 @@ def changeable(figure: Figure) -> FigureWidget:
 
 
 # ---------------------------------------------------------------------------------- stored bytes
-
-GIB = 2**30
-MIB = 2**20
 
 
 def coverage_bars(coverages: Mapping[str, Coverage]) -> Figure:

@@ -88,7 +88,7 @@ def carry_dequantized(ours, carrier) -> None:
             theirs.mlp.experts.down_proj.data[number] = stored(expert, "down_proj")
 
 
-@pytest.mark.parametrize(("floats", "tolerance"), [("fp32", 1e-5), ("bf16", 0.01)])
+@pytest.mark.parametrize(("floats", "tolerance"), [("fp32", 1e-5), ("bf16", 0.004)])
 def test_logits_equal_a_model_that_carries_the_dequantized_weights(published, floats, tolerance):
     """In fp32 nothing is rounded on the way; in bf16 the fused kernel rounds its block maxima."""
     kept = dict.fromkeys(("router", "embeddings", "lm_head", "shared_experts", "dense_mlp"), floats)

@@ -8,11 +8,13 @@ from random_checkpoints import read_tensors, write_any
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 
+from labutils.budget import predict
 from labutils.experts import (
     Experts,
     Linear4bit,
     Linear8bit,
     RecipeConfig,
+    RecipeQuantizer,
     UnusableWeight,
     quantize_4bit,
     quantized_linears,
@@ -258,3 +260,18 @@ def test_experts_that_are_not_plain_swiglu_are_refused(tmp_path):
     source = write_any(tmp_path / "source", config, seed=0)
     with pytest.raises(ValueError, match=r"GptOssExperts.*has biases, a transposed layout"):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=RecipeConfig())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_devices_are_shared_out_by_the_bytes_that_will_be_stored(family):
+    """What `device_map="auto"` asks the quantizer, before anything is loaded."""
+    recipe = Recipe(attention="nf4", shared_experts="int8", overrides={"layers.1.experts": "int8"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.bfloat16)
+    quantizer = RecipeQuantizer(RecipeConfig(recipe), pre_quantized=False)
+    quantizer.preprocess_model(model)
+    asked = sum(
+        quantizer.param_element_size(model, name, parameter) * parameter.numel()
+        for name, parameter in model.named_parameters()
+    )
+    assert round(asked) == predict(FAMILIES[family], recipe).total_bytes
