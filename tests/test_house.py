@@ -55,10 +55,9 @@ def make(folder: Path, target: str, python3: str | None) -> subprocess.Completed
     if python3 is not None:
         (tools / "python3").write_text(f"#!/bin/sh\n{python3}\n")
         (tools / "python3").chmod(0o755)
-    # PYTHON and MAKEFLAGS would come in from a `make test` around this one.
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("PYTHON", "MAKEFLAGS")
-    }
+    # A `make test` around this one would hand down its flags, its depth and its PYTHON.
+    inherited = ("PYTHON", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {key: value for key, value in os.environ.items() if key not in inherited}
     return subprocess.run(
         [shutil.which("make"), target],
         cwd=folder,
