@@ -13,14 +13,14 @@ What a running model needs beside its weights:
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from .anatomy import COMPONENTS, Part, part_of
-from .formats import stored_bytes
+from .formats import FORMATS, stored_bytes
 from .recipes import Recipe
 
 
@@ -61,7 +61,7 @@ def read_config(config_or_path) -> PreTrainedConfig:
     """The configuration itself, from a folder, a config.json, a hub name, or a config as it is."""
     if isinstance(config_or_path, PreTrainedConfig):
         return config_or_path
-    return AutoConfig.from_pretrained(Path(config_or_path), trust_remote_code=False)
+    return AutoConfig.from_pretrained(str(config_or_path), trust_remote_code=False)
 
 
 def weights_of(config: PreTrainedConfig) -> list[Weight]:
@@ -72,11 +72,17 @@ def weights_of(config: PreTrainedConfig) -> list[Weight]:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return [
-        weight
-        for name, tensor in model.named_parameters()
-        for weight in matrices(name, tuple(tensor.shape))
-    ]
+    return list(_weights(model))
+
+
+def _weights(model: torch.nn.Module) -> Iterator[Weight]:
+    for name, tensor in model.named_parameters():
+        yield from matrices(name, tuple(tensor.shape))
+
+
+def parts_of(model: torch.nn.Module) -> list[Part]:
+    """The part of each weight of a model that is already built."""
+    return [weight.part for weight in _weights(model)]
 
 
 def matrices(name: str, shape: tuple[int, ...]) -> list[Weight]:
@@ -98,10 +104,10 @@ def matrices(name: str, shape: tuple[int, ...]) -> list[Weight]:
 
 
 def weight_bytes(weight: Weight, recipe: Recipe) -> int:
-    """Bytes of one weight under the recipe; what a recipe leaves alone (norms) is 16 bits."""
+    """Bytes of one weight; what a recipe names no format for (norms) is in its floating point."""
+    format = recipe.format_of(weight.part) or recipe.float_format
     if len(weight.shape) != 2:
-        return 2 * weight.parameters
-    format = recipe.format_of(weight.part) or "bf16"
+        return FORMATS[recipe.float_format].weight_bits // 8 * weight.parameters
     return stored_bytes(format, *weight.shape, recipe.block_size, recipe.double_quant)
 
 
@@ -152,7 +158,7 @@ def predict(config_or_path, recipe: Recipe, context_tokens: int = 0, batch_size:
     `config_or_path` is a folder with a config.json, that file, a hub name, or a config. With
     `context_tokens=0` the budget holds weights and their constants alone.
 
-    >>> predict("mixtral-8x7b", Recipe(attention="nf4")).total_bytes / 1e9      # doctest: +SKIP
+    >>> round(predict(MixtralConfig(), Recipe(attention="nf4")).total_bytes / 1e9, 2)
     24.48
 
     Raises ValueError if an override of the recipe fits no part of the model.
@@ -174,9 +180,11 @@ def predict(config_or_path, recipe: Recipe, context_tokens: int = 0, batch_size:
 def check_overrides(recipe: Recipe, parts: list[Part]) -> None:
     """ValueError naming the overrides that fit none of `parts`."""
     if unused := recipe.unused_overrides(parts):
-        layers = 1 + max((part.layer for part in parts if part.layer is not None), default=-1)
-        experts = 1 + max((part.expert for part in parts if part.expert is not None), default=-1)
+        layers = max((part.layer for part in parts if part.layer is not None), default=None)
+        experts = max((part.expert for part in parts if part.expert is not None), default=None)
+        components = ", ".join(dict.fromkeys(part.component for part in parts))
         raise ValueError(
-            f"No part of this model fits the override {unused[0]!r}; it has layers 0 to "
-            f"{layers - 1} with experts 0 to {experts - 1}."
+            f"No part of this model fits the override {unused[0]!r}; it has layers 0 to {layers} "
+            f"with experts 0 to {experts} (gate_proj, up_proj, down_proj), and the components "
+            f"{components}."
         )

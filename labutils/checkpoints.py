@@ -14,6 +14,7 @@ import math
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,8 @@ from .meter import GIB, available_bytes, mark
 from .recipes import Recipe
 
 HUB_TIMEOUT_SECONDS = 5
+WANTED_FILES = ("*.json", "*.safetensors", "tokenizer*")
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 FLOAT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 DTYPE_FORMATS = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -152,7 +155,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _shard_names(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -168,6 +171,13 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _shard_names(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index} is damaged; download it again.") from None
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, from its header alone.
 
@@ -178,16 +188,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
-            entries = json.loads(stream.read(length)) if length <= size_bytes else None
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            entries = None
-    if not isinstance(entries, dict):
-        raise ValueError(
-            f"{file} ({size_bytes:,} bytes) does not begin like a safetensors file; "
-            "download it again."
-        )
-    entries.pop("__metadata__", None)
-    needed_bytes = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+            entries = json.loads(stream.read(length) if length <= size_bytes else "")
+            entries.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise ValueError(
+                f"{file} ({size_bytes:,} bytes) does not begin like a safetensors file; "
+                "download it again."
+            ) from None
+    needed_bytes = 8 + length + max(ends, default=0)
     if size_bytes != needed_bytes:
         raise ValueError(
             f"{file} has {size_bytes:,} bytes where its header describes {needed_bytes:,}; "
@@ -245,14 +254,17 @@ def load(
     all GPUs. `force=True` goes on where memory is predicted to run out.
 
     Raises what `inspect` and `locate` raise; MemoryError with both numbers; ValueError for a recipe
-    that does not fit the model, for a weight that is NaN or infinite (with its name), and for a
-    quantized checkpoint that is asked for in another recipe; `NotCovered` if what was loaded is not
-    what was asked for.
+    that does not fit the model, for a weight to be quantized that is NaN or infinite (with its
+    name), and for a quantized checkpoint that is asked for in another recipe; `NotCovered` if what
+    was loaded is not what was asked for.
     """
-    checkpoint = inspect(locate(path_or_id, recipe, force))
+    if not isinstance(recipe, Recipe | None):
+        raise TypeError(f"{recipe!r} is no recipe; write Recipe(experts='nf4').")
+    checkpoint = inspect(locate(path_or_id, recipe, device_map, force))
+    parts = [weight.part for weight in weights_of(checkpoint.config)]
     if recipe is None:
         recipe = checkpoint.recipe
-    elif checkpoint.recipe.quantizes and recipe != checkpoint.recipe:
+    elif checkpoint.recipe.quantizes and not recipe.stores_alike(checkpoint.recipe, parts):
         raise ValueError(
             f"{checkpoint.folder} is stored as {checkpoint.recipe}; quantized weights are not "
             "quantized again. Load it with recipe=None, or take the 16-bit checkpoint."
@@ -299,14 +311,14 @@ def loading_bytes(budget: Budget) -> int:
 def check_memory(budget: Budget, device_map: str | dict | None, force: bool) -> None:
     """MemoryError with the bytes needed and the bytes free, unless `force`.
 
-    On a GPU what counts is the memory free on it (on all of them for "auto"), otherwise the main
-    memory that is available, the container's limit included.
+    What counts is the memory free on the devices that `device_map` names: all GPUs for "auto" and
+    its like, the current one for None; without a GPU, the main memory that is available, the
+    container's limit included.
     """
-    on_gpu = torch.cuda.is_available() and device_map != "cpu"
-    if on_gpu:
-        devices = range(torch.cuda.device_count()) if device_map == "auto" else [None]
-        free_bytes = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
-    else:
+    devices = _devices(device_map)
+    on_gpu = bool(devices)
+    free_bytes = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    if not on_gpu:
         free_bytes = available_bytes()
     needed_bytes = loading_bytes(budget)
     if needed_bytes > free_bytes and not force:
@@ -318,67 +330,103 @@ def check_memory(budget: Budget, device_map: str | dict | None, force: bool) -> 
         )
 
 
-def locate(path_or_id: str | Path, recipe: Recipe | None = None, force: bool = False) -> Path:
+def _devices(device_map: str | dict | None) -> list[torch.device]:
+    """The GPUs that a device map names; none of them means main memory."""
+    if not torch.cuda.is_available():
+        return []
+    if isinstance(device_map, str) and device_map in SPREADING:
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    named = device_map or first_device()
+    places = set(named.values()) if isinstance(named, dict) else {named}
+    devices = {
+        torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+        for place in places
+    }
+    return [device for device in devices if device.type == "cuda"]
+
+
+def locate(
+    path_or_id: str | Path,
+    recipe: Recipe | None = None,
+    device_map: str | dict | None = None,
+    force: bool = False,
+) -> Path:
     """The folder that `path_or_id` names; for a hub name, after downloading what is missing.
 
-    Before weights are downloaded, the config alone is fetched and the predicted memory compared
-    with what is there, and the disk is asked for room. Raises FileNotFoundError for a folder that
-    does not exist, and ConnectionError, within seconds, if the hub cannot be reached.
+    Before weights are downloaded, the config alone is fetched and, where a recipe is given, the
+    predicted memory is compared with what is there; the disk is asked for room. Raises
+    FileNotFoundError for a folder or a model that does not exist, PermissionError for one whose
+    terms must be accepted, ConnectionError, within seconds, if the hub cannot be reached, and
+    OSError if the disk is too small.
     """
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is a file; give the folder that holds it.")
     name = str(path_or_id)
     looks_like_a_path = name.count("/") != 1 or name[0] in "./~" or path.parent.is_dir()
     if looks_like_a_path:
         raise FileNotFoundError(f"There is no folder {path}, and no hub name looks like that.")
-    return _download(name, recipe, force)
-
-
-def _download(repo_id: str, recipe: Recipe | None, force: bool) -> Path:
-    wanted = ["*.json", "*.safetensors", "tokenizer*"]
     try:
+        return _from_hub(name, local_files_only=True)
+    except FileNotFoundError:
+        return _download(name, recipe, device_map, force)
+
+
+def _from_hub(repo_id: str, patterns=WANTED_FILES, **settings) -> Path:
+    folder = snapshot_download(
+        repo_id, allow_patterns=patterns, ignore_patterns=["consolidated*"], **settings
+    )
+    if settings.get("local_files_only") and "*.safetensors" in patterns:
+        _weight_files(Path(folder))
+    return Path(folder)
+
+
+def _download(
+    repo_id: str, recipe: Recipe | None, device_map: str | dict | None, force: bool
+) -> Path:
+    with _hub_errors(repo_id):
         info = HfApi().model_info(repo_id, files_metadata=True, timeout=HUB_TIMEOUT_SECONDS)
-        snapshot = Path(snapshot_download(repo_id, allow_patterns=["config.json"]))
-        if recipe is not None:
-            check_memory(predict(snapshot, recipe), None, force)
-        size_bytes = sum(
-            file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")
+        with_config = _from_hub(repo_id, ["config.json"])
+    if recipe is not None:
+        check_memory(predict(with_config, recipe), device_map, force)
+    weights = [file for file in info.siblings if file.rfilename.endswith(".safetensors")]
+    missing_bytes = sum(
+        file.size or 0
+        for file in weights
+        if not file.rfilename.startswith("consolidated")
+        and not (with_config / file.rfilename).is_file()
+    )
+    free_bytes = shutil.disk_usage(with_config).free
+    if missing_bytes > free_bytes:
+        raise OSError(
+            f"The download takes {missing_bytes / GIB:.1f} GiB and the disk of {with_config} has "
+            f"{free_bytes / GIB:.1f} GiB free; set HF_HOME to a larger one."
         )
-        _check_disk(snapshot, size_bytes)
-        return Path(snapshot_download(repo_id, allow_patterns=wanted))
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"The hub has no model {repo_id!r}, or it is private and you are not logged in."
-        ) from error
+    with _hub_errors(repo_id):
+        return _from_hub(repo_id)
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Says in one sentence what the hub's errors mean for the reader."""
+    try:
+        yield
     except GatedRepoError as error:
         raise PermissionError(
             f"{repo_id} asks for its terms to be accepted: do so on its page, then `hf auth login`."
         ) from error
-    except (MemoryError, ValueError):
-        raise
-    except Exception as error:
-        return _already_downloaded(repo_id, wanted, error)
-
-
-def _already_downloaded(repo_id: str, wanted: list[str], error: Exception) -> Path:
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=wanted, local_files_only=True))
-    except FileNotFoundError:
-        raise ConnectionError(
-            f"The hub could not be reached for {repo_id!r} ({error}), and it is not in the local "
-            "cache. Give a folder that holds the checkpoint, or begin with the shipped stand-in: "
-            "load(standin.PATH)."
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"The hub has no model {repo_id!r}, or it is private and you are not logged in."
         ) from error
-
-
-def _check_disk(folder: Path, size_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if size_bytes > free_bytes:
-        raise MemoryError(
-            f"The download takes {size_bytes / GIB:.1f} GiB and the disk of {folder} has "
-            f"{free_bytes / GIB:.1f} GiB free; set HF_HOME to a larger one."
-        )
+    except Exception as error:
+        raise ConnectionError(
+            f"The hub could not be reached for {repo_id!r} ({error}), and the model is not in the "
+            "local cache. Give a folder that holds the checkpoint, or begin with the shipped "
+            "stand-in: load(standin.PATH)."
+        ) from error
 
 
 def save(model: PreTrainedModel, folder: str | Path, tokenizer=None) -> Path:
@@ -491,6 +539,9 @@ class Coverage:
     def bits_per_weight(self, component: str) -> float:
         """Bits per weight of one component, every constant counted."""
         chosen = [weight for weight in self.weights if weight.part.component == component]
+        if not chosen:
+            there = ", ".join(self.by_component())
+            raise ValueError(f"The model has no {component}; it has {there}.")
         return 8 * sum(w.bytes for w in chosen) / sum(w.parameters for w in chosen)
 
     def require(self, recipe: Recipe) -> None:
@@ -526,8 +577,8 @@ class Coverage:
 def coverage(model: nn.Module) -> Coverage:
     """What every weight of `model` is stored in, counted from the tensors that it really holds.
 
-    Works on any transformers model, however it was loaded. Shared weights count once; buffers that
-    are not saved are left out.
+    Works on any transformers model, however it was loaded. Shared weights count once; buffers are
+    left out.
     """
     return Coverage(
         tuple(

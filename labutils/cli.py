@@ -9,6 +9,7 @@ python -m labutils train-standin ./standin
 import argparse
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 from . import standin
 from .budget import predict
@@ -56,11 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     loading.set_defaults(run=_load)
 
     training = commands.add_parser("train-standin", help="train the shipped small Mixtral anew")
-    training.add_argument("folder", nargs="?", default=standin.PATH, help="where to put it")
-    training.add_argument("--steps", type=int, help="fewer, to see how it begins")
+    training.add_argument("folder", nargs="?", default="standin", help="where to put it")
+    training.add_argument("--steps", type=_positive, help="fewer, to see how it begins")
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=_train)
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _doctor(chosen: argparse.Namespace) -> None:
@@ -87,7 +94,9 @@ def _doctor(chosen: argparse.Namespace) -> None:
 def _load(chosen: argparse.Namespace) -> None:
     asked = {name: getattr(chosen, name) for name in Recipe().components if getattr(chosen, name)}
     recipe = Recipe(**asked) if asked else None
-    folder = locate(chosen.checkpoint, recipe, chosen.force)
+    if chosen.save and Path(chosen.save).exists():
+        raise FileExistsError(f"{chosen.save} exists already; remove it or take another name.")
+    folder = locate(chosen.checkpoint, recipe, chosen.device_map, chosen.force)
     if recipe is not None:
         predicted = predict(folder, recipe).total_bytes
         print(f"predicted {predicted / GIB:.3f} GiB for {recipe}")

@@ -41,6 +41,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .anatomy import part_of
+from .budget import check_overrides, parts_of
 from .formats import FORMATS, NESTED_BLOCK, stored_bytes
 from .meter import mark
 from .recipes import Recipe
@@ -463,9 +464,11 @@ def _return_freed_memory() -> None:
 class RecipeConfig(QuantizationConfigMixin):
     """A recipe as transformers passes it around, and as config.json keeps it."""
 
-    def __init__(self, recipe: Recipe | dict | None = None, **_):
-        self.quant_method = QUANT_METHOD
+    def __init__(self, recipe: Recipe | dict | None = None, quant_method: str = QUANT_METHOD):
+        self.quant_method = quant_method
         self.recipe = Recipe(**recipe) if isinstance(recipe, dict) else recipe or Recipe()
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(f"{recipe!r} is no recipe; write Recipe(experts='nf4').")
 
     def to_dict(self) -> dict:
         return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
@@ -557,6 +560,7 @@ class RecipeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs):
         self._weights_since_return = 0
         _return_freed_memory()
+        check_overrides(self.recipe, parts_of(model))
         if any(FORMATS[format].scaled for format in self.recipe.formats_of("experts")):
             take_apart(model)
         replace_linears(model, self.recipe)

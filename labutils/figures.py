@@ -379,8 +379,7 @@ def expert_use_map(use: pd.DataFrame) -> Figure:
         margin={"t": 90},
     )
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
-    figure.update_xaxes(showgrid=False, ticks="")
-    figure.update_xaxes(title="expert", col=1)
+    figure.update_xaxes(showgrid=False, ticks="", title="expert")
     return figure
 
 

@@ -43,14 +43,14 @@ FORMATS = {
 
 def check_format(name: str) -> str:
     """`name` if it is a format; ValueError with the names that are, if it is not."""
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"Unknown format {name!r}; the formats are {', '.join(FORMATS)}.")
     return name
 
 
 def check_block_size(block_size: int) -> int:
     """`block_size` if blocks can have it; ValueError with the sizes that they can have, if not."""
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise ValueError(f"Block size {block_size} is not one of {sizes}.")
     return block_size

@@ -11,7 +11,7 @@ layers, experts or projections:
 'nf4'
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 
@@ -49,6 +49,8 @@ class Recipe:
     overrides: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides maps paths to formats, and is a {type(self.overrides)}.")
         check_block_size(self.block_size)
         for component in self.components:
             check_format(getattr(self, component))
@@ -107,6 +109,16 @@ class Recipe:
                 chosen = format
         return chosen
 
+    def stores_alike(self, other: "Recipe", parts: Iterable[Part]) -> bool:
+        """Whether both store each of `parts` the same, block by block where there are blocks."""
+        parts = list(parts)
+        formats = {self.format_of(part) for part in parts} - {None}
+        in_blocks = any(FORMATS[format].scaled == "block" for format in formats)
+        same_blocks = (self.block_size, self.double_quant) == (other.block_size, other.double_quant)
+        return (same_blocks or not in_blocks) and all(
+            self.format_of(part) == other.format_of(part) for part in parts
+        )
+
     def unused_overrides(self, parts) -> list[str]:
         """The overrides that fit none of `parts`: a layer or expert that is not there."""
         return [path for path in self.overrides if not any(_covers(path, part) for part in parts)]
@@ -136,7 +148,8 @@ def _component_of(path: str) -> str:
 
 def _check_path(path: str) -> None:
     component = _component_of(path)
-    if path == "layers" or component not in (*COMPONENTS, "*"):
+    known = {entry.name for entry in fields(Recipe)} & set(COMPONENTS)
+    if path == "layers" or component not in known | {"*"}:
         raise ValueError(
             f"The override {path!r} names no part of a model; write it like "
             "'layers.0.experts.3' or 'layers.*.attention'."

@@ -61,7 +61,7 @@ QUESTION_WEIGHT = 0.2
 BALANCE_WEIGHT = 0.02
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
-RETRAIN = "train it again with `python -m labutils train-standin` or reinstall the package"
+RETRAIN = f"reinstall the package or run `python -m labutils train-standin '{PATH}'`"
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,12 @@ def train(
     A step reads 16 pages of 256 tokens; all 3500 take about 20 minutes on two processor cores
     that do nothing else. The same seed, versions, processor and number of threads give the same
     losses. Everything is written to a folder beside `folder` and renamed at the end, replacing
-    what was there: an interrupted training leaves the old checkpoint, or none.
+    an older stand-in there: an interrupted training leaves the old checkpoint, or none. Raises
+    FileExistsError, before training, if anything else stands at `folder`.
     """
     folder = Path(folder)
+    if folder.exists() and not (folder / SCORES).is_file():
+        raise FileExistsError(f"{folder} exists and is no stand-in; take another name.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     model, record = _fit(steps, seed, progress)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:

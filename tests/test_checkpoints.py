@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from random_checkpoints import (
     INDEX,
     mixtral_config,
@@ -33,6 +34,12 @@ MIXED = Recipe(
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits
+
+
+class Answer:
+    """What a hub's error wants to know of the response behind it."""
+
+    status_code, headers, url, text, request = 403, {}, "https://hub", "", None
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -168,6 +175,19 @@ def test_a_checkpoint_of_transformers_4_gives_the_logits_that_ours_gives(
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(overrides={"layers.0.experts.3": "int8"}),
+        Recipe(experts="int8", block_size=128, double_quant=False),
+        Recipe(shared_experts="nf4"),
+    ],
+    ids=["override", "no-blocks", "absent"],
+)
+def test_it_reloads_by_the_recipe_it_was_saved_with(published, tmp_path, recipe):
+    load(save(load(published, recipe), tmp_path / "saved"), recipe)
+
+
 def test_a_quantized_checkpoint_is_not_quantized_again(published, tmp_path):
     saved = save(load(published, Recipe()), tmp_path / "saved")
     with pytest.raises(ValueError, match=r"stored as experts nf4.*recipe=None"):
@@ -216,6 +236,16 @@ def test_a_missing_folder_is_looked_for_as_a_folder_first(tmp_path):
         load(tmp_path / "nothing", Recipe())
     with pytest.raises(FileNotFoundError, match=r"There is no folder"):
         load("./nothing/there")
+
+
+def test_a_file_in_place_of_its_folder_is_said_to_be_one(published):
+    with pytest.raises(FileNotFoundError, match=r"is a file; give the folder"):
+        load(published / "config.json")
+
+
+def test_what_is_no_recipe_is_refused(published):
+    with pytest.raises(TypeError, match=r"'nf4' is no recipe"):
+        load(published, "nf4")
 
 
 def test_a_folder_without_a_config_is_no_checkpoint(damaged):
@@ -296,6 +326,19 @@ def test_too_little_memory_is_refused_with_both_numbers(published, monkeypatch):
     ):
         load(published, Recipe())
     load(published, Recipe(), force=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(GatedRepoError, PermissionError), (RepositoryNotFoundError, FileNotFoundError)],
+)
+def test_what_the_hub_refuses_is_said_for_what_it_is(monkeypatch, error, says):
+    def refuse(*arguments, **settings):
+        raise error("no", response=Answer())
+
+    monkeypatch.setattr(checkpoints.HfApi, "model_info", refuse)
+    with pytest.raises(says, match="nobody/no-such-model"):
+        load("nobody/no-such-model", Recipe())
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch, tmp_path):

@@ -275,3 +275,16 @@ def test_devices_are_shared_out_by_the_bytes_that_will_be_stored(family):
         for name, parameter in model.named_parameters()
     )
     assert round(asked) == predict(FAMILIES[family], recipe).total_bytes
+
+
+def test_a_config_that_names_no_recipe_is_refused():
+    with pytest.raises(TypeError, match=r"'int8' is no recipe"):
+        RecipeConfig("int8")
+    with pytest.raises(TypeError, match="experts"):
+        RecipeConfig(experts="int8")
+
+
+def test_an_override_for_a_layer_that_is_not_there_is_refused(checkpoint):
+    config = RecipeConfig(Recipe(overrides={"layers.99.experts": "int8"}))
+    with pytest.raises(ValueError, match=r"'layers\.99\.experts'; it has layers 0 to 1"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config)

@@ -67,6 +67,7 @@ def test_a_recipe_survives_a_file(recipe):
         ({"experts": "nf3"}, "Unknown format 'nf3'"),
         ({"block_size": 48}, "Block size 48"),
         ({"overrides": {"layers.0.expert": "nf4"}}, "'layers.0.expert' names no part"),
+        ({"overrides": {"layers.0.norms": "int8"}}, "'layers.0.norms' names no part"),
         ({"overrides": {"layers.0": "int3"}}, "Unknown format 'int3'"),
     ],
 )

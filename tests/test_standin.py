@@ -200,3 +200,10 @@ def test_widened_it_is_the_same_model_in_more_bytes(tmp_path, recipe):
 def test_widening_by_what_is_no_power_of_two_is_refused(tmp_path):
     with pytest.raises(ValueError, match="times=3 is no power of two"):
         standin.widen(tmp_path / "wide", times=3)
+
+
+def test_training_replaces_nothing_that_is_no_standin(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is no stand-in"):
+        standin.train(tmp_path, steps=1)
+    assert (tmp_path / "thesis.txt").exists()
