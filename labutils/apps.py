@@ -16,8 +16,10 @@ from contextlib import contextmanager
 
 import ipywidgets as widgets
 
-from .figures import Figure, FigureWidget, cache_growth, changeable, memory_chart
+from .figures import cache_growth
+from .memory_chart import memory_chart
 from .meter import Meter, Record
+from .style import Figure, FigureWidget, changeable
 
 _DRAWING = threading.Lock()
 

@@ -9,8 +9,8 @@ import pytest
 
 from labutils import apps
 from labutils.apps import ErrorLine, live_memory, redraw
-from labutils.figures import changeable
 from labutils.meter import MIB, Meter, mark
+from labutils.style import changeable
 
 GIB = 2**30
 

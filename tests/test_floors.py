@@ -15,6 +15,8 @@ __init__ codebooks moe meter languages anatomy
 formats flips offload speculative
 outliers calibrated recipes budget
 experts checkpoints standin evaluate
+style
+memory_chart
 figures
 apps
 cli
@@ -23,7 +25,7 @@ __main__
 ORDER = FLOORS.split()
 
 DOORS = {
-    "plotly": {"figures"},
+    "plotly": {"style", "memory_chart", "figures"},
     "ipywidgets": {"apps"},
     "psutil": {"meter"},
     "pynvml": {"meter"},
