@@ -15,7 +15,7 @@ from . import standin
 from .budget import predict
 from .checkpoints import NotCovered, coverage, load, locate, save
 from .experts import has_cpu_kernel
-from .formats import FORMATS
+from .formats import STORABLE
 from .meter import GIB, Meter, machine
 from .recipes import Recipe
 
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     for component in defaults.components:
         loading.add_argument(
             f"--{component.replace('_', '-')}",
-            choices=FORMATS,
+            choices=STORABLE,
             help=f"its format ({getattr(defaults, component)} where another is given)",
         )
     loading.add_argument("--save", metavar="FOLDER", help="save it as it is stored")

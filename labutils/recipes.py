@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 
 from .anatomy import COMPONENTS, Part
-from .formats import FORMATS, check_block_size, check_format
+from .formats import FORMATS, check_block_size, check_storable
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Recipe:
     - `"layers.*.experts.3.down_proj"`: one projection of expert 3 in every layer
     - `"layers.31.attention"`, `"layers.31.router"`
 
-    Raises ValueError for an unknown format, a block size that does not exist, or a path that names
-    no component.
+    Raises ValueError for a format that no model can be stored in, a block size that does not exist,
+    or a path that names no component.
     """
 
     experts: str = "nf4"
@@ -53,9 +53,9 @@ class Recipe:
             raise TypeError(f"overrides maps paths to formats, and is a {type(self.overrides)}.")
         check_block_size(self.block_size)
         for component in self.components:
-            check_format(getattr(self, component))
+            check_storable(getattr(self, component))
         for path, format in self.overrides.items():
-            check_format(format)
+            check_storable(format)
             _check_path(path)
         object.__setattr__(self, "overrides", dict(self.overrides))
 

@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # The lowest floor first. A module may import what stands below it, or before it on its own floor.
 FLOORS = """
-__init__ codebooks moe meter languages anatomy
+__init__ claims codebooks moe meter languages anatomy
 formats flips offload speculative
 outliers calibrated recipes budget
 experts checkpoints standin evaluate
