@@ -6,6 +6,7 @@ them: both the names that transformers 5 gives its modules (`mlp.experts.gate_up
 published ones in the checkpoint files (`block_sparse_moe.experts.3.w1.weight`).
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -91,3 +92,33 @@ def part_of(name: str) -> Part:
         int(expert[1]) if expert else None,
         PROJECTIONS.get(leaf[1], leaf[1]) if has_projection else None,
     )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight as a recipe sees it: a fused experts tensor counts as one `Weight` per matrix."""
+
+    part: Part
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+def matrices(name: str, shape: tuple[int, ...]) -> list[Weight]:
+    """The weights that the parameter called `name` holds: more than one where experts are fused.
+
+    >>> len(matrices("model.layers.0.mlp.experts.gate_up_proj", (8, 28672, 4096)))
+    16
+    """
+    part = part_of(name)
+    if part.component != "experts" or len(shape) != 3:
+        return [Weight(part, shape)]
+    experts, rows, columns = shape
+    projections = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else (part.projection,)
+    return [
+        Weight(Part("experts", part.layer, expert, projection), (rows // len(projections), columns))
+        for expert in range(experts)
+        for projection in projections
+    ]

@@ -12,28 +12,15 @@ What a running model needs beside its weights:
 - **Activations**: an allowance, not a count. See `activation_bytes`.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from .anatomy import COMPONENTS, Part, part_of
+from .anatomy import COMPONENTS, Part, Weight, matrices
 from .formats import FORMATS, stored_bytes
-from .recipes import Recipe
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One weight as a recipe sees it: a fused experts tensor counts as one `Weight` per matrix."""
-
-    part: Part
-    shape: tuple[int, ...]
-
-    @property
-    def parameters(self) -> int:
-        return math.prod(self.shape)
+from .recipes import Recipe, check_overrides
 
 
 @dataclass(frozen=True)
@@ -83,24 +70,6 @@ def _weights(model: torch.nn.Module) -> Iterator[Weight]:
 def parts_of(model: torch.nn.Module) -> list[Part]:
     """The part of each weight of a model that is already built."""
     return [weight.part for weight in _weights(model)]
-
-
-def matrices(name: str, shape: tuple[int, ...]) -> list[Weight]:
-    """The weights that the parameter called `name` holds: more than one where experts are fused.
-
-    >>> len(matrices("model.layers.0.mlp.experts.gate_up_proj", (8, 28672, 4096)))
-    16
-    """
-    part = part_of(name)
-    if part.component != "experts" or len(shape) != 3:
-        return [Weight(part, shape)]
-    experts, rows, columns = shape
-    projections = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else (part.projection,)
-    return [
-        Weight(Part("experts", part.layer, expert, projection), (rows // len(projections), columns))
-        for expert in range(experts)
-        for projection in projections
-    ]
 
 
 def weight_bytes(weight: Weight, recipe: Recipe) -> int:
@@ -175,16 +144,3 @@ def predict(config_or_path, recipe: Recipe, context_tokens: int = 0, batch_size:
         sizes["kv_cache"] = kv_cache_bytes(config, context_tokens, batch_size)
         sizes["activations"] = activation_bytes(config, context_tokens, batch_size)
     return Budget(sum(weight.parameters for weight in weights), sizes)
-
-
-def check_overrides(recipe: Recipe, parts: list[Part]) -> None:
-    """ValueError naming the overrides that fit none of `parts`."""
-    if unused := recipe.unused_overrides(parts):
-        layers = max((part.layer for part in parts if part.layer is not None), default=None)
-        experts = max((part.expert for part in parts if part.expert is not None), default=None)
-        components = ", ".join(dict.fromkeys(part.component for part in parts))
-        raise ValueError(
-            f"No part of this model fits the override {unused[0]!r}; it has layers 0 to {layers} "
-            f"with experts 0 to {experts} (gate_proj, up_proj, down_proj), and the components "
-            f"{components}."
-        )

@@ -32,8 +32,8 @@ from transformers import (
     TextStreamer,
 )
 
-from .anatomy import COMPONENTS, Part, part_of
-from .budget import Budget, matrices, predict, weights_of
+from .anatomy import COMPONENTS, Part, matrices, part_of
+from .budget import Budget, predict, weights_of
 from .experts import DTYPES, RecipeConfig, UnusableWeight, first_device, storage_of
 from .formats import FORMATS
 from .meter import GIB, available_bytes, mark
@@ -260,6 +260,8 @@ def load(
     """
     if not isinstance(recipe, Recipe | None):
         raise TypeError(f"{recipe!r} is no recipe; write Recipe(experts='nf4').")
+    if recipe:
+        recipe.require_storable()
     checkpoint = inspect(locate(path_or_id, recipe, device_map, force))
     parts = [weight.part for weight in weights_of(checkpoint.config)]
     if recipe is None:

@@ -41,10 +41,10 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .anatomy import part_of
-from .budget import check_overrides, parts_of
+from .budget import parts_of
 from .formats import FORMATS, NESTED_BLOCK, stored_bytes
 from .meter import mark
-from .recipes import Recipe
+from .recipes import Recipe, check_overrides
 
 # While it is imported, bitsandbytes says on some processors that a kernel on the hub was not
 # fetched. Nothing is fetched at import, and its own kernel serves.
@@ -54,7 +54,7 @@ import bitsandbytes as bnb  # noqa: E402
 from bitsandbytes import functional as bnb_functional  # noqa: E402
 
 QUANT_METHOD = "labutils"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {format.name: format.dtype for format in FORMATS.values() if format.dtype}
 
 # bitsandbytes' fused CPU kernel works on tiles of 32 rows. It decodes each weight anew for every
 # token; dequantizing once and multiplying overtakes it at some hundreds of tokens for an expert.
@@ -469,6 +469,7 @@ class RecipeConfig(QuantizationConfigMixin):
         self.recipe = Recipe(**recipe) if isinstance(recipe, dict) else recipe or Recipe()
         if not isinstance(self.recipe, Recipe):
             raise TypeError(f"{recipe!r} is no recipe; write Recipe(experts='nf4').")
+        self.recipe.require_storable()
 
     def to_dict(self) -> dict:
         return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}

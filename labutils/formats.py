@@ -36,19 +36,24 @@ class Format:
 
     `scaled` says what shares a constant where a model is stored in the format: "block" (a float32
     per block, or 8 bits of it), "row" (a float32 per row), "own" (blocks and scales of the
-    format's own, see `microscaled`), or "" for a plain floating-point number. `storable` formats
-    can be stored and computed with in a model; the others can be studied.
+    format's own, see `MICROSCALED`), or "" for a plain floating-point number, which is a torch
+    `dtype` and has no codebook. `storable` formats can be stored and computed with in a model; the
+    others can be studied.
     """
 
     name: str
     weight_bits: int
     scaled: str = ""
     codebook: Codebook | None = None
+    dtype: torch.dtype | None = None
     storable: bool = False
 
 
 def _formats() -> dict[str, Format]:
-    plain = [Format(name, bits, storable=True) for name, bits in _PLAIN_BITS.items()]
+    plain = [
+        Format(name, dtype.itemsize * 8, dtype=dtype, storable=True)
+        for name, dtype in _DTYPES.items()
+    ]
     in_blocks = [
         Format(name, codebook.bits, "block", codebook, storable=name in ("nf4", "fp4"))
         for name, codebook in CODEBOOKS.items()
@@ -63,7 +68,7 @@ def _formats() -> dict[str, Format]:
     return {format.name: format for format in plain + in_blocks + others}
 
 
-_PLAIN_BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = _formats()
 STORABLE = tuple(format.name for format in FORMATS.values() if format.storable)
 

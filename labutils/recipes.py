@@ -11,12 +11,15 @@ layers, experts or projections:
 'nf4'
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 
-from .anatomy import COMPONENTS, Part
-from .formats import FORMATS, check_block_size, check_storable
+import torch
+
+from .anatomy import COMPONENTS, Part, matrices
+from .formats import FORMATS, check_block_size, check_format, check_storable, quantize
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Recipe:
     """A format for each component, and exceptions by name.
 
     Formats: nf4, fp4 (bitsandbytes' 4-bit codebooks, in blocks of `block_size`), int8 (LLM.int8(),
-    a scale per row), bf16, fp16, fp32. Norms and what the lab does not know stay as they are.
+    a scale per row), bf16, fp16, fp32. A model can be loaded in these; in any other of
+    `formats.FORMATS` it can be `simulated`. Norms and what the lab does not know stay as they are.
 
     `overrides` maps a path to a format. A path is that of `anatomy.Part.path`, or the beginning of
     one; `*` stands for anything between two dots. Where several fit, the last one counts:
@@ -33,8 +37,8 @@ class Recipe:
     - `"layers.*.experts.3.down_proj"`: one projection of expert 3 in every layer
     - `"layers.31.attention"`, `"layers.31.router"`
 
-    Raises ValueError for a format that no model can be stored in, a block size that does not exist,
-    or a path that names no component.
+    Raises ValueError for an unknown format, a block size that does not exist, or a path that names
+    no component.
     """
 
     experts: str = "nf4"
@@ -53,9 +57,9 @@ class Recipe:
             raise TypeError(f"overrides maps paths to formats, and is a {type(self.overrides)}.")
         check_block_size(self.block_size)
         for component in self.components:
-            check_storable(getattr(self, component))
+            check_format(getattr(self, component))
         for path, format in self.overrides.items():
-            check_storable(format)
+            check_format(format)
             _check_path(path)
         object.__setattr__(self, "overrides", dict(self.overrides))
 
@@ -119,6 +123,11 @@ class Recipe:
             self.format_of(part) == other.format_of(part) for part in parts
         )
 
+    def require_storable(self) -> None:
+        """Raise ValueError if it names a format that can only be simulated."""
+        for format in sorted(self.formats):
+            check_storable(format)
+
     def unused_overrides(self, parts) -> list[str]:
         """The overrides that fit none of `parts`: a layer or expert that is not there."""
         return [path for path in self.overrides if not any(_covers(path, part) for part in parts)]
@@ -132,6 +141,60 @@ class Recipe:
         formats = ", ".join(f"{name} {format}" for name, format in named.items())
         double = "with" if self.double_quant else "without"
         return f"{formats} (blocks of {self.block_size}, {double} double quantization)"
+
+
+def check_overrides(recipe: Recipe, parts: list[Part]) -> None:
+    """ValueError naming the overrides that fit none of `parts`."""
+    if unused := recipe.unused_overrides(parts):
+        layers = max((part.layer for part in parts if part.layer is not None), default=None)
+        experts = max((part.expert for part in parts if part.expert is not None), default=None)
+        components = ", ".join(dict.fromkeys(part.component for part in parts))
+        raise ValueError(
+            f"No part of this model fits the override {unused[0]!r}; it has layers 0 to {layers} "
+            f"with experts 0 to {experts} (gate_proj, up_proj, down_proj), and the components "
+            f"{components}."
+        )
+
+
+@contextmanager
+def simulated(model: torch.nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Inside, `model` computes with weights rounded as `recipe` would store them, *simulated*.
+
+    They are kept in 16 or 32 bits as before, so that any format can be tried on any model, at its
+    own speed and in its own memory: what is simulated is the damage, not the saving. Each matrix is
+    quantized by itself, as a loader does it, also where experts are fused. On leaving, after an
+    error too, the weights are what they were, to the last bit; until then a copy of those that
+    changed is kept.
+
+    Example: `with simulated(model, Recipe(experts="int3")): cross_entropy(model, tokenizer)`.
+
+    Raises ValueError, before anything is changed, for an override that fits no part of the model.
+    """
+    held = {name: matrices(name, tuple(p.shape)) for name, p in model.named_parameters()}
+    check_overrides(recipe, [weight.part for weights in held.values() for weight in weights])
+    originals = {}
+    try:
+        for name, weights in held.items():
+            parameter = model.get_parameter(name)
+            formats = [recipe.format_of(weight.part) for weight in weights]
+            if len(weights[0].shape) == 2 and any(formats):
+                originals[name] = parameter.detach().clone()
+                pieces = parameter.detach().view(len(weights), *weights[0].shape)
+                for piece, format in zip(pieces, formats, strict=True):
+                    piece.copy_(_rounded(piece, format, recipe))
+        yield
+    finally:
+        for name, original in originals.items():
+            model.get_parameter(name).detach().copy_(original)
+
+
+def _rounded(weight: torch.Tensor, format: str, recipe: Recipe) -> torch.Tensor:
+    stored = FORMATS[format]
+    if not stored.scaled:
+        return weight.to(stored.dtype).to(weight.dtype)
+    block_size = "row" if stored.scaled == "row" else recipe.block_size
+    in_blocks = stored.scaled == "block"
+    return quantize(weight, format, block_size, recipe.double_quant and in_blocks).dequantize()
 
 
 def _covers(path: str, part: Part) -> bool:

@@ -1,12 +1,17 @@
 import json
 
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labutils import standin
 from labutils.anatomy import Part
-from labutils.formats import STORABLE
-from labutils.recipes import Recipe
+from labutils.checkpoints import load
+from labutils.experts import quantized_linears
+from labutils.formats import STORABLE, quantize
+from labutils.recipes import Recipe, simulated
 
 EXPERT = Part("experts", layer=2, expert=5, projection="up_proj")
 
@@ -68,7 +73,7 @@ def test_a_recipe_survives_a_file(recipe):
         ({"block_size": 48}, "Block size 48"),
         ({"overrides": {"layers.0.expert": "nf4"}}, "'layers.0.expert' names no part"),
         ({"overrides": {"layers.0.norms": "int8"}}, "'layers.0.norms' names no part"),
-        ({"overrides": {"layers.0": "int3"}}, "int3 can be studied, not stored"),
+        ({"overrides": {"layers.0": "int9"}}, "Unknown format 'int9'"),
     ],
 )
 def test_a_mistake_is_named_at_once(mistake, message):
@@ -80,3 +85,81 @@ def test_what_is_not_quantized_must_be_in_one_format():
     with pytest.raises(ValueError, match="mixes bf16 and fp32"):
         Recipe(router="fp32").float_format  # noqa: B018
     assert Recipe(experts="int8").float_format == "bf16"
+
+
+# -------------------------------------------------------------------------------------- simulated
+
+
+@pytest.fixture
+def model():
+    """The shipped Mixtral in float32, so that a rounded weight is not rounded once more."""
+    transformers.utils.logging.disable_progress_bar()
+    return load(standin.PATH).float()
+
+
+def weights_in(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(model, before: dict[str, torch.Tensor]) -> set[str]:
+    after = dict(model.named_parameters())
+    return {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_simulated_weights_are_those_that_a_loaded_model_dequantizes(model, double_quant):
+    recipe = Recipe(
+        experts="nf4",
+        attention="fp4",
+        double_quant=double_quant,
+        overrides={"layers.1.experts.3.up_proj": "int8", "layers.2": "bf16"},
+    )
+    loaded = load(standin.PATH, recipe)
+    stored = {name: linear.dequantized().float() for name, linear in quantized_linears(loaded)}
+    with simulated(model, recipe):
+        weights = weights_in(model)
+    assert len(stored) == 3 * (8 * 3 + 4)
+    for name, there in stored.items():
+        here = weights.get(f"{name}.weight")
+        if here is None:
+            fused, expert, projection = name.rsplit(".", 2)
+            place = "down_proj" if projection == "down_proj" else "gate_up_proj"
+            here = weights[f"{fused}.{place}"][int(expert)]
+            halves = {"gate_proj": here[:384], "up_proj": here[384:], "down_proj": here}
+            here = halves[projection]
+        torch.testing.assert_close(there, here, rtol=2**-8, atol=1e-7)
+
+
+def test_only_what_the_recipe_names_is_rounded(model):
+    before = weights_in(model)
+    with simulated(model, Recipe(experts="bf16", overrides={"layers.3.experts.5": "int2"})):
+        assert changed(model, before) == {
+            f"model.layers.3.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
+        }
+        name = "model.layers.3.mlp.experts.down_proj"
+        now, then = model.get_parameter(name), before[name]
+        assert [e for e in range(8) if not torch.equal(now[e], then[e])] == [5]
+        assert torch.equal(now[5], quantize(then[5], "int2", double_quant=True).dequantize())
+
+
+def test_weights_come_back_after_an_error_too(model):
+    before = weights_in(model)
+    with pytest.raises(KeyboardInterrupt), simulated(model, Recipe("int3", "mxfp4", "nf2")):
+        assert len(changed(model, before)) == 4 * (2 + 4 + 1)
+        raise KeyboardInterrupt
+    assert not changed(model, before)
+
+
+def test_an_override_that_fits_nothing_changes_nothing(model):
+    before = weights_in(model)
+    with (
+        pytest.raises(ValueError, match=r"layers\.9"),
+        simulated(model, Recipe(overrides={"layers.9": "int8"})),
+    ):
+        pass
+    assert not changed(model, before)
+
+
+def test_a_format_that_can_only_be_simulated_is_not_loaded():
+    with pytest.raises(ValueError, match="int3 can be studied, not stored"):
+        load(standin.PATH, Recipe(experts="int3"))
