@@ -59,17 +59,18 @@ def weights_of(config: PreTrainedConfig) -> list[Weight]:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return list(_weights(model))
+    return list(weights_in(model))
 
 
-def _weights(model: torch.nn.Module) -> Iterator[Weight]:
+def weights_in(model: torch.nn.Module) -> Iterator[Weight]:
+    """Every weight of a model that is already built, matrix by matrix."""
     for name, tensor in model.named_parameters():
         yield from matrices(name, tuple(tensor.shape))
 
 
 def parts_of(model: torch.nn.Module) -> list[Part]:
     """The part of each weight of a model that is already built."""
-    return [weight.part for weight in _weights(model)]
+    return [weight.part for weight in weights_in(model)]
 
 
 def weight_bytes(weight: Weight, recipe: Recipe) -> int:

@@ -59,6 +59,28 @@ def task_accuracy(
 
 
 @torch.no_grad()
+def right_answers(model, tokenizer, examples: Sequence[languages.Example]) -> list[bool]:
+    """For each example, whether the greedy answer is right to the last character.
+
+    Found without generating: an answer is given exactly if each of its tokens, and the newline that
+    ends it, is the likeliest after the prompt and the tokens before it. So one forward pass over
+    prompts with their right answers does for a whole list, some twenty times faster.
+
+    The tokens of a prompt must be the first tokens of the line, as with one token a character.
+    """
+    prompts = [len(tokenizer(example.prompt)["input_ids"]) for example in examples]
+    lines = [tokenizer(example.line)["input_ids"] for example in examples]
+    width = max(map(len, lines))
+    token_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in lines]).to(model.device)
+    likeliest = model(input_ids=token_ids).logits.argmax(dim=-1)
+    right = likeliest[:, :-1] == token_ids[:, 1:]
+    return [
+        bool(row[prompt - 1 : len(ids) - 1].all())
+        for row, prompt, ids in zip(right, prompts, lines, strict=True)
+    ]
+
+
+@torch.no_grad()
 def cross_entropy(
     model, tokenizer, texts: Sequence[str] | None = None, texts_per_batch: int = 16
 ) -> CrossEntropy:

@@ -49,12 +49,23 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from labutils import languages
+from labutils.moe import Routing, route
 
 PATH = Path(__file__).parent / "data" / "standin"
 WEIGHTS = "model.safetensors"
 SCORES = "scores.json"
 SPECIAL_TOKENS = ("<pad>", "<s>", "<unk>")
 CHARACTERS = "\n " + languages.DIGITS + languages.LETTERS + "CDILMVX" + "()[]{}+-=;>,.:*?"
+KINDS = {
+    "letters": languages.LETTERS,
+    "digits": languages.DIGITS,
+    "roman numerals": "CDILMVX",
+    "brackets": "()[]{}",
+    "signs": "+-=;,.:*?",
+    "arrow": ">",
+    "space": " ",
+    "newline": "\n",
+}
 PAGE_TOKENS = languages.PAGE_CHARACTERS + 1
 PAGES_PER_STEP = 16
 QUESTION_WEIGHT = 0.2
@@ -192,11 +203,43 @@ def expert_use(
     shares = {}
     for name in languages.LANGUAGES:
         drawn = languages.pages(pages_per_language, generator, held_out=True, only=name)
-        for layer, share in enumerate(_expert_shares(model, _token_ids(tokenizer, drawn))):
-            shares[layer, name] = share.tolist()
-    frame = pd.DataFrame.from_dict(shares, orient="index").rename_axis(columns="expert")
-    frame.index = pd.MultiIndex.from_tuples(frame.index, names=["layer", "language"])
-    return frame.sort_index(level="layer", sort_remaining=False)
+        for layer, routing in enumerate(routings(model, _token_ids(tokenizer, drawn))):
+            shares[layer, name] = _shares(routing.counts)
+    return _use_table(shares, "language")
+
+
+def expert_use_by_kind(
+    model, tokenizer, pages: int = 32, generator: torch.Generator | None = None
+) -> pd.DataFrame:
+    """Which expert serves which kind of character (`KINDS`), as `expert_use` has it for languages.
+
+    Counted on held-out pages of all languages; without a generator they are always the same.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    token_ids = _token_ids(tokenizer, languages.pages(pages, generator, held_out=True))
+    characters = tokenizer.convert_ids_to_tokens(token_ids.flatten().tolist())
+    shares = {}
+    for layer, routing in enumerate(routings(model, token_ids)):
+        for kind, members in KINDS.items():
+            of_kind = torch.tensor([character in members for character in characters])
+            counts = torch.bincount(routing.chosen[of_kind].flatten(), minlength=routing.experts)
+            shares[layer, kind] = _shares(counts)
+    return _use_table(shares, "kind")
+
+
+@torch.no_grad()
+def routings(model, token_ids: torch.Tensor) -> list[Routing]:
+    """What the router of each layer says about `token_ids` (pages, tokens), first layer first.
+
+    The pages are flattened, one after the other. `model` is any Mixtral of transformers.
+
+    >>> token_ids = tokenizer()(["capital kenya > nairobi"], return_tensors="pt")["input_ids"]
+    >>> [routing.chosen.shape for routing in routings(load(PATH), token_ids)][0]
+    torch.Size([24, 2])
+    """
+    output = model(input_ids=token_ids.to(model.device), output_router_logits=True, use_cache=False)
+    top_k = model.config.num_experts_per_tok
+    return [route(logits.cpu(), top_k) for logits in output.router_logits]
 
 
 def train(
@@ -298,16 +341,14 @@ def _token_ids(tokenizer, drawn: list[str]) -> torch.Tensor:
     return torch.tensor(tokenizer(drawn)["input_ids"])
 
 
-@torch.no_grad()
-def _expert_shares(model, token_ids: torch.Tensor) -> torch.Tensor:
-    """The share of each layer's choices that went to each expert, (layers, experts)."""
-    output = model(input_ids=token_ids.to(model.device), output_router_logits=True, use_cache=False)
-    shares = []
-    for logits in output.router_logits:
-        chosen = logits.topk(model.config.num_experts_per_tok, dim=-1).indices
-        counts = torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
-        shares.append(counts / counts.sum())
-    return torch.stack(shares)
+def _shares(counts: torch.Tensor) -> list[float]:
+    return (counts / counts.sum()).tolist()
+
+
+def _use_table(shares: dict[tuple[int, str], list[float]], of: str) -> pd.DataFrame:
+    table = pd.DataFrame.from_dict(shares, orient="index").rename_axis(columns="expert")
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["layer", of])
+    return table.sort_index(level="layer", sort_remaining=False)
 
 
 def _save(model: MixtralForCausalLM, folder: Path) -> None:
@@ -330,7 +371,7 @@ def _write_scores(folder: Path, record: TrainingRecord) -> None:
     token_ids = _token_ids(tokenizer(), pages)
     with torch.no_grad():
         _, nats_per_token = _objective(model, token_ids)
-    shares = _expert_shares(model, token_ids)
+    counts = [routing.counts for routing in routings(model, token_ids)]
     record_of_file = {
         "sha256": _sha256(folder / WEIGHTS),
         "bytes": (folder / WEIGHTS).stat().st_size,
@@ -338,7 +379,7 @@ def _write_scores(folder: Path, record: TrainingRecord) -> None:
         "languages": {name: dataclasses.asdict(score) for name, score in scored.items()},
         "nats_per_token": round(nats_per_token.item(), 4),
         "scored_tokens": token_ids[:, 1:].numel(),
-        "load_max_over_min": [round((layer.max() / layer.min()).item(), 2) for layer in shares],
+        "load_max_over_min": [round((layer.max() / layer.min()).item(), 2) for layer in counts],
         "steps": record.steps,
         "seed": record.seed,
         "tokens": record.tokens,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from labutils import languages, standin
-from labutils.evaluate import CrossEntropy, cross_entropy, kl, task_accuracy
+from labutils.evaluate import CrossEntropy, cross_entropy, kl, right_answers, task_accuracy
+from labutils.recipes import Recipe, simulated
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,23 @@ def test_task_accuracy_finds_the_recorded_scores(model, tokenizer):
     for name, accuracy in table["accuracy"].items():
         share = recorded[name]["correct"] / recorded[name]["examples"]
         assert accuracy == pytest.approx(share, abs=0.2), name
+
+
+@pytest.mark.parametrize("experts", ["bf16", "int2"])
+def test_right_answers_are_those_that_generating_gives(model, tokenizer, experts):
+    """Of a whole model nearly all are right, of one with 2-bit experts about seven in ten."""
+    generator = torch.Generator().manual_seed(3)
+    examples = [
+        example
+        for name in languages.LANGUAGES
+        for example in languages.held_out_examples(name, 12, generator)
+    ]
+    with simulated(model, Recipe(experts=experts)):
+        answers = languages.greedy_answers(model, tokenizer, examples)
+        found = right_answers(model, tokenizer, examples)
+    generated = [seen == e.answer for seen, e in zip(answers, examples, strict=True)]
+    assert found == generated
+    assert 0.5 < sum(found) / len(found) < 1
 
 
 def test_the_recorded_cross_entropy_is_the_default_one(model, tokenizer):

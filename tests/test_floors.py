@@ -13,11 +13,11 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 FLOORS = """
 __init__ claims codebooks moe meter languages anatomy
 formats flips offload speculative
-outliers calibrated recipes budget
-experts checkpoints standin evaluate
+outliers calibrated recipes budget ledger
+experts checkpoints standin evaluate damage
 style
 memory_chart
-figures
+figures cost_figures
 apps
 cli
 __main__
@@ -25,7 +25,7 @@ __main__
 ORDER = FLOORS.split()
 
 DOORS = {
-    "plotly": {"style", "memory_chart", "figures"},
+    "plotly": {"style", "memory_chart", "figures", "cost_figures"},
     "ipywidgets": {"apps"},
     "psutil": {"meter"},
     "pynvml": {"meter"},

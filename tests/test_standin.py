@@ -133,6 +133,46 @@ def test_experts_specialize_by_language_and_are_evenly_used_overall(model):
     assert max(standin.scores()["load_max_over_min"]) < 3
 
 
+def test_routings_are_what_each_layer_does(model):
+    token_ids = torch.tensor(standin.tokenizer()(["sort 52914 > 12459"])["input_ids"])
+    seen = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda gate, inputs, output: seen.append(output))
+        for layer in model.model.layers
+    ]
+    routings = standin.routings(model, token_ids)
+    for hook in hooks:
+        hook.remove()
+    assert len(routings) == len(seen) == 4
+    for routing, (logits, weights, chosen) in zip(routings, seen, strict=True):
+        assert torch.equal(routing.logits, logits)
+        assert torch.equal(routing.chosen, chosen)
+        assert torch.equal(routing.weights, weights)
+
+
+def test_expert_use_by_kind_counts_every_character_once(model):
+    assert sorted("".join(standin.KINDS.values())) == sorted(standin.CHARACTERS)
+    tokenizer = standin.tokenizer()
+    use = standin.expert_use_by_kind(model, tokenizer, pages=4)
+    assert list(use.loc[0].index) == list(standin.KINDS)
+    assert use.sum(axis=1).tolist() == pytest.approx([1.0] * len(use), abs=1e-5)
+
+    pages = languages.pages(4, torch.Generator().manual_seed(0), held_out=True)
+    routing = standin.routings(model, torch.tensor(tokenizer(pages)["input_ids"]))[3]
+    chosen = [
+        expert
+        for place, page in enumerate(pages)
+        for character, experts in zip(
+            page, routing.chosen[256 * place + 1 :].tolist(), strict=False
+        )
+        for expert in experts
+        if character in "0123456789"
+    ]
+    for expert in range(8):
+        share = chosen.count(expert) / len(chosen)
+        assert use.loc[(3, "digits"), expert] == pytest.approx(share)
+
+
 def test_the_loss_falls(trained):
     _, record = trained
     assert len(record.losses) == record.steps == 12
