@@ -10,15 +10,29 @@ stays. An app can be driven without a browser: set a control's `.value`, read th
 from __future__ import annotations
 
 import html
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import ipywidgets as widgets
+import pandas as pd
+import torch
 
+from .calibrated import Rounder, expert_statistics, round_expert
+from .cost_figures import damage_view, threshold_view
+from .damage import Damage
 from .figures import cache_growth
+from .format_figures import rounding_chart
+from .formats import BLOCK_SIZES, MICROSCALED, Rounding, quantize, relative_error
+from .layer_figures import parameters_by_experts, routing_map
+from .ledger import Ledger
 from .memory_chart import memory_chart
 from .meter import Meter, Record
+from .moe import MoELayer, Routing, route
+from .outliers import int8_product
+from .rounding_figures import calibration_view
 from .style import Figure, FigureWidget, changeable
 
 _DRAWING = threading.Lock()
@@ -129,3 +143,258 @@ def kv_cache(weights_bytes: int, token_bytes: int, rooms: dict[str, int]) -> wid
     for control in (context, batch):
         control.observe(draw, names="value")
     return widgets.VBox([widgets.HBox([context, batch]), chart, errors])
+
+
+# --------------------------------------------------------------------------- routing and parameters
+
+_EXPERT_NUMBERS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def parameters(ledgers: Mapping[str, Ledger]) -> widgets.VBox:
+    """Large and cheap under the reader's hand: how many experts, how many of them for a token.
+
+    `ledgers` are models by name; of each only the number of experts changes, to powers of two up to
+    128. It starts with the first model, 8 experts and 2 of them for a token.
+
+    Example: `parameters({"Mixtral-8x7B": ledger_of(PUBLISHED["Mixtral-8x7B"])})`.
+    """
+    model = widgets.Dropdown(options=list(ledgers), description="shape of")
+    experts = widgets.SelectionSlider(
+        options=_EXPERT_NUMBERS, value=8, description="experts", continuous_update=False
+    )
+    top_k = widgets.IntSlider(2, 1, 16, description="for a token", continuous_update=False)
+
+    def picture() -> Figure:
+        ledger = ledgers[model.value]
+        here = ledger.with_experts(experts.value, top_k.value)
+        numbers = [number for number in _EXPERT_NUMBERS if number >= top_k.value]
+        return parameters_by_experts(
+            [ledger.with_experts(number, top_k.value) for number in numbers], here
+        )
+
+    return _box([model, experts, top_k], picture)
+
+
+def who_goes_where(tokens: Sequence[str], routings: Sequence[Routing]) -> widgets.VBox:
+    """One text's way through the experts: which layer, how many for a token, how noisy a router.
+
+    `tokens` are labels, `routings` a record for each layer. The noise is drawn once, seeded, and
+    scaled by the control, in standard deviations of the layer's logits; a layer is noisy by itself,
+    as if those before it were not. It starts in layer 0 with the `top_k` of the records.
+
+    Example: `who_goes_where(list("sum"), standin.routings(model, token_ids))`.
+    """
+    shape = routings[0].logits.shape
+    layer = widgets.IntSlider(0, 0, len(routings) - 1, description="layer", continuous_update=False)
+    top_k = widgets.IntSlider(
+        routings[0].chosen.shape[1], 1, shape[1], description="for a token", continuous_update=False
+    )
+    noise = widgets.FloatSlider(
+        0, min=0, max=2, step=0.1, description="noise", continuous_update=False
+    )
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def picture() -> Figure:
+        logits = routings[layer.value].logits.float()
+        return routing_map(tokens, route(logits + noise.value * logits.std() * drawn, top_k.value))
+
+    return _box([layer, top_k, noise], picture)
+
+
+def _box(controls: list[widgets.Widget], picture: Callable[[], Figure]) -> widgets.VBox:
+    """Controls over the picture that they make, which is drawn again whenever one of them moves."""
+    chart, errors = changeable(picture()), ErrorLine()
+
+    def draw(_change) -> None:
+        with errors.shown():
+            redraw(chart, picture())
+
+    for control in controls:
+        control.observe(draw, names="value")
+    return widgets.VBox([widgets.HBox(controls), chart, errors])
+
+
+# ---------------------------------------------------------------------------------- number formats
+
+_WIDTHS = range(2, 9)
+_ASYMMETRIC = "integer, minimum to maximum"
+_FAMILIES = {
+    "integer": {bits: f"int{bits}" for bits in _WIDTHS},
+    _ASYMMETRIC: {bits: f"int{bits}" for bits in _WIDTHS},
+    "normal float": {bits: f"nf{bits}" for bits in _WIDTHS},
+    "float": {4: "fp4", 8: "fp8_e4m3"},
+    "MXFP4": {4: "mxfp4"},
+    "NVFP4": {4: "nvfp4"},
+}
+
+
+def number_formats(weights: Mapping[str, torch.Tensor]) -> widgets.VBox:
+    """What becomes of weights under the reader's hand: bits, family, blocks, double quantization.
+
+    `weights` are matrices by name; 64 thousand weights move without delay. It starts with the first
+    of them in NF4, blocks of 64. Where a family has no such width, a line says so and the picture
+    stays; controls that the family has no use for are greyed.
+
+    Example: `number_formats({"normal": torch.randn(64, 1024)})`.
+    """
+    bits = widgets.IntSlider(4, 2, 8, description="bits", continuous_update=False)
+    family = widgets.Dropdown(options=list(_FAMILIES), value="normal float", description="family")
+    kind = widgets.Dropdown(options=list(weights), description="weights")
+    block = widgets.SelectionSlider(
+        options=[*BLOCK_SIZES, "row", "tensor"],
+        value=64,
+        description="block",
+        continuous_update=False,
+    )
+    double = widgets.Checkbox(
+        False, description="double quantization", indent=False, layout={"width": "auto"}
+    )
+    note = widgets.HTML()
+
+    @lru_cache(32)
+    def rounding(
+        name: str, format: str, block_size: int | str, double_quant: bool, asymmetric: bool
+    ) -> Rounding:
+        quantized = quantize(weights[name], format, block_size, double_quant, asymmetric)
+        return Rounding(weights[name], quantized)
+
+    def picture() -> Figure:
+        used = double.value and not double.disabled
+        format = _FAMILIES[family.value][bits.value]
+        full = family.value == _ASYMMETRIC
+        return rounding_chart(rounding(kind.value, format, block.value, used, full), kind.value)
+
+    chart, errors = changeable(picture()), ErrorLine()
+
+    def draw(_change) -> None:
+        microscaled = family.value.lower() in MICROSCALED
+        block.disabled = microscaled
+        double.disabled = microscaled or family.value == _ASYMMETRIC
+        note.value = _format_note(family.value, bits.value)
+        if bits.value in _FAMILIES[family.value]:
+            with errors.shown():
+                redraw(chart, picture())
+
+    rows = [[bits, block, double], [family, kind]]
+    for control in rows[0] + rows[1]:
+        control.observe(draw, names="value")
+    return widgets.VBox([*map(widgets.HBox, rows), note, chart, errors])
+
+
+def _format_note(family: str, bits: int) -> str:
+    """What a reader should know about a family at this width, or nothing."""
+    formats = _FAMILIES[family]
+    if bits not in formats:
+        widths = " or ".join(map(str, formats))
+        return f"<b>{family}</b> has {widths} bits, not {bits}: the picture is still the last one."
+    if formats[bits] in MICROSCALED:
+        block_size = MICROSCALED[formats[bits]].block_size
+        return f"<b>{family}</b> has blocks of {block_size} and scales of its own."
+    if family == _ASYMMETRIC:
+        return "Each block keeps a minimum and a step, so double quantization is not for it."
+    return ""
+
+
+# --------------------------------------------------------------------- what quantized experts cost
+
+
+def damage(
+    sweeps: Mapping[str, Mapping[str, Mapping[int, Damage]]], undisturbed: Damage
+) -> widgets.VBox:
+    """What fewer bits cost a model, under the reader's hand: how many, of which family, for whom.
+
+    `sweeps` has the damage by family, by what is quantized, and by bits, all measured before; it
+    starts at the fewest bits of the first.
+    """
+    family = widgets.Dropdown(options=list(sweeps), description="family")
+    targets = next(iter(sweeps.values()))
+    target = widgets.Dropdown(options=list(targets), description="what")
+    widths = list(next(iter(targets.values())))
+    bits = widgets.IntSlider(
+        widths[0], widths[0], widths[-1], description="bits", continuous_update=False
+    )
+
+    def picture() -> Figure:
+        here = sweeps[family.value][target.value][bits.value]
+        label = f"{target.value} in {bits.value}-bit {family.value}"
+        return damage_view(here, undisturbed, label.capitalize())
+
+    return _box([bits, target, family], picture)
+
+
+def int8_threshold(
+    x: torch.Tensor, weight: torch.Tensor, thresholds: Sequence[float]
+) -> widgets.VBox:
+    """LLM.int8() under the reader's hand: from which magnitude on a column goes to 16 bits.
+
+    `x` (tokens, in) times `weight` (out, in). `thresholds` rise and end with `math.inf`, plain
+    INT8, where it starts.
+    """
+    rows, exact = quantize(weight, "int8", "row"), x @ weight.T
+    trials = pd.DataFrame(
+        {
+            "threshold": threshold,
+            "in_16_bits": len(product.columns) / x.shape[1],
+            "error": relative_error(exact, product.y),
+        }
+        for threshold in thresholds
+        for product in [int8_product(x, rows, threshold)]
+    )
+    names = [(f"{value:g}" if math.isfinite(value) else "none", value) for value in thresholds]
+    threshold = widgets.SelectionSlider(
+        options=names, value=thresholds[-1], description="threshold", continuous_update=False
+    )
+    return _box([threshold], lambda: threshold_view(trials, threshold.value))
+
+
+# ----------------------------------------------------------------------------- calibrated rounding
+
+_DAMPINGS = (0.0001, 0.001, 0.01, 0.1, 1.0)
+
+
+def calibration(layer: MoELayer, tokens: torch.Tensor, held_out: torch.Tensor) -> widgets.VBox:
+    """GPTQ and AWQ under the reader's hand: method, bits, tokens, damping, and for which expert.
+
+    `tokens` (tokens, hidden) are what `layer` can be calibrated on, the first of them first, and
+    `held_out` what it is judged on; an expert gets those of them that are routed to it. It starts
+    with 32 tokens and whole numbers of 3 bits.
+    """
+    counts = [2**power for power in range(3, len(tokens).bit_length())]
+    method = widgets.ToggleButtons(options=[("GPTQ", "gptq"), ("AWQ", "awq")])
+    bits = widgets.IntSlider(3, 2, 8, description="bits", continuous_update=False)
+    drawn = widgets.SelectionSlider(
+        options=[(f"{count:,}", count) for count in counts],
+        value=min(32, counts[-1]),
+        description="tokens",
+        continuous_update=False,
+    )
+    damping = widgets.SelectionSlider(
+        options=[(f"{value:g}", value) for value in _DAMPINGS],
+        value=0.01,
+        description="damping",
+        continuous_update=False,
+    )
+    expert = widgets.IntSlider(
+        0, 0, len(layer.experts) - 1, description="expert", continuous_update=False
+    )
+    judged = expert_statistics(layer, held_out)
+
+    @lru_cache
+    def seen(count: int):
+        return expert_statistics(layer, tokens[:count])
+
+    @lru_cache(128)
+    def matrices(method: str, bits: int, count: int, damping: float, expert: int):
+        rounder = Rounder(method, f"int{bits}", damping=damping)
+        return round_expert(
+            layer.experts[expert], rounder, seen(count)[expert], judged[expert], expert
+        )
+
+    def picture() -> Figure:
+        index, count = expert.value, drawn.value
+        plain = matrices("rtn", bits.value, counts[0], _DAMPINGS[0], index)
+        used = damping.value if method.value == "gptq" else _DAMPINGS[0]
+        calibrated = matrices(method.value, bits.value, count, used, index)
+        return calibration_view(plain, calibrated)
+
+    return _box([method, bits, drawn, damping, expert], picture)

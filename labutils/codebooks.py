@@ -47,8 +47,12 @@ class Codebook:
         return self.values[self.values.isfinite()].unique()
 
     @cached_property
+    def lowest(self) -> float:
+        return self.levels[0].item()
+
+    @cached_property
     def peak(self) -> float:
-        """The largest magnitude on both sides: what a block's largest weight is stretched to."""
+        """The highest level: what a block's largest weight is stretched to."""
         return self.levels[-1].item()
 
     def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
@@ -60,8 +64,7 @@ class Integers(Codebook):
     """Evenly spaced levels, in two's complement, or from 0 if unsigned; a tie goes to the even."""
 
     def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        lowest, highest = self.levels[0].item(), self.levels[-1].item()
-        whole = scaled.round().clamp(lowest, highest).to(torch.int16)
+        whole = scaled.round().clamp(self.lowest, self.peak).to(torch.int16)
         return (whole & (len(self.values) - 1)).to(torch.uint8)
 
 

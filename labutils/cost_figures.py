@@ -231,18 +231,16 @@ def _loss_title(sweep: Mapping[str, Mapping[int, Damage]], undisturbed: Damage) 
         for target, by_bits in sweep.items()
     }
     widths = sorted(rises["experts"])
-    attention, experts = rises["attention"][widths[0]], rises["experts"][widths[0]]
-    worse, times = ("attention", attention / experts)
-    if times < 1:
-        worse, times = ("experts", experts / attention)
+    fewest = {target: rises[target][widths[0]] for target in ("experts", "attention")}
+    less, more = sorted(fewest, key=fewest.get)
     harmless = [
         width
         for width in widths
-        if all(rises[t][w] < 1e-3 for t in ("experts", "attention") for w in widths if w >= width)
+        if all(rises[t][w] < 1e-3 for t in fewest for w in widths if w >= width)
     ]
     return {
-        "text": f"At {widths[0]} bits {worse} cost {times:.0f} times more loss than the other; "
-        f"from {harmless[0]} bits on neither costs 0.001 nats",
+        "text": f"{widths[0]}-bit {more} costs {fewest[more] / fewest[less]:.0f} times the loss of "
+        f"{widths[0]}-bit {less}; from {harmless[0]} bits on neither costs 0.001 nats",
         "subtitle": {"text": "Simulated: weights rounded, kept in 32 bits"},
     }
 
@@ -340,8 +338,8 @@ def column_maxima(maxima: Mapping[str, torch.Tensor], threshold: float) -> Figur
     most = max(above, key=above.get)
     others = max(count for name, count in above.items() if name != most)
     figure.update_layout(
-        title=f"In {most} {above[most]} of {len(maxima[most])} columns reach {threshold:g}, in the "
-        f"others at most {others}"
+        title=f"In {most}, {above[most]} of {len(maxima[most])} columns reach {threshold:g}; in "
+        f"the others at most {others}"
     )
     figure.update_xaxes(title="columns, the largest first (%)", range=[-1, 100])
     figure.update_yaxes(
@@ -378,18 +376,17 @@ def threshold_view(trials: pd.DataFrame, threshold: float) -> Figure:
             secondary_y=secondary,
         )
     row, plain = trials.loc[here], trials.iloc[-1]
-    what = (
-        "No column in 16 bits"
-        if not row["in_16_bits"]
-        else (f"{100 * row['in_16_bits']:.1f}% of the columns in 16 bits")
+    found = f"{100 * row['in_16_bits']:.1f}% of the columns in 16 bits: the error is "
+    ratio = row["error"] / plain["error"]
+    title = (
+        f"{found}{100 * row['error']:.2f}%, {ratio:.2f} of plain INT8's"
+        if row["in_16_bits"]
+        else f"Plain INT8, no column in 16 bits: the error is {100 * row['error']:.2f}%"
     )
     figure.update_layout(
         template=TEMPLATE,
         height=400,
-        title={
-            "text": f"{what}: the error is {100 * row['error']:.2f}%, "
-            f"{row['error'] / plain['error']:.2f} of plain INT8's"
-        },
+        title=title,
         margin={"r": 70},
     )
     figure.update_xaxes(title="threshold for a column's largest magnitude", type="category")

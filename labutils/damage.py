@@ -19,7 +19,7 @@ from . import languages
 from .budget import weight_bytes, weights_in
 from .evaluate import cross_entropy, right_answers
 from .formats import FORMATS
-from .moe import MoELayer
+from .moe import MoELayer, block_inputs
 from .recipes import Recipe, simulated
 
 
@@ -64,9 +64,10 @@ class Probe:
             for name in languages.LANGUAGES
             for example in languages.held_out_examples(name, examples, generator)
         ]
+        token_ids = tokenizer(self._pages, return_tensors="pt")["input_ids"]
         self.duties = [
             [_duty_of(layer, inputs, expert) for expert in range(len(layer.experts))]
-            for layer, inputs in zip(self._layers(), self._block_inputs(), strict=True)
+            for layer, inputs in zip(self._layers(), block_inputs(model, token_ids), strict=True)
         ]
         self.undisturbed = self._measure(bits_per_weight=8.0 * model.dtype.itemsize)
 
@@ -101,22 +102,6 @@ class Probe:
 
     def _layers(self) -> list[MoELayer]:
         return [MoELayer.from_transformers(layer.mlp) for layer in self.model.model.layers]
-
-    def _block_inputs(self) -> list[torch.Tensor]:
-        """What each layer's MoE block is given for the pages, (tokens, hidden) each."""
-        inputs = []
-        hooks = [
-            layer.mlp.register_forward_pre_hook(
-                lambda _, given: inputs.append(given[0].flatten(0, -2))
-            )
-            for layer in self.model.model.layers
-        ]
-        try:
-            cross_entropy(self.model, self.tokenizer, self._pages, len(self._pages))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return inputs
 
 
 def _duty_of(layer: MoELayer, inputs: torch.Tensor, expert: int) -> Duty:

@@ -1,25 +1,20 @@
-"""Records in, pictures out: the figures of the notebooks.
+"""Records in, pictures out: what a model's bytes are, were predicted to be, and have room for.
 
-A figure here computes nothing that matters and shows nothing: it takes a record from a module
-below and returns a `plotly.graph_objects.Figure`. Its title states the finding, its axes carry
-units, and hovering gives the exact values.
+A figure computes nothing that matters and shows nothing: it takes a record from a module below and
+returns a `plotly.graph_objects.Figure`. Its title states the finding, its axes carry units, and
+hovering gives the exact values. So do the figures of `layer_figures`, `format_figures`,
+`cost_figures` and `rounding_figures`, a module for each notebook.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
-import pandas as pd
 from plotly.graph_objects import Figure
-from plotly.subplots import make_subplots
 
 from .budget import Budget
 from .checkpoints import Coverage
 from .meter import GIB, MIB
 from .style import COLORS, INK, TEMPLATE
-
-# ---------------------------------------------------------------------------------- stored bytes
 
 
 def coverage_bars(coverages: Mapping[str, Coverage]) -> Figure:
@@ -180,51 +175,3 @@ def _context_title(
         else:
             said.append(f"{room} is full after {held:,} tokens")
     return "; ".join(said)
-
-
-# -------------------------------------------------------------------------------------- the experts
-
-
-def expert_use_map(use: pd.DataFrame) -> Figure:
-    """Which expert serves which language: one panel a layer, from `standin.expert_use`.
-
-    `use` has a row for each (layer, language) and a column for each expert; a row adds up to 1. The
-    title names the pair that stands out most.
-    """
-    layers = use.index.get_level_values(0).unique()
-    languages = use.index.get_level_values(1).unique()
-    figure = make_subplots(
-        rows=1,
-        cols=len(layers),
-        shared_yaxes=True,
-        subplot_titles=[f"layer {layer}" for layer in layers],
-        horizontal_spacing=0.02,
-    )
-    for column, layer in enumerate(layers, start=1):
-        shares = use.loc[layer]
-        figure.add_heatmap(
-            z=100 * shares.to_numpy(),
-            x=[str(expert) for expert in shares.columns],
-            y=list(shares.index),
-            coloraxis="coloraxis",
-            hovertemplate="%{y}, expert %{x}: %{z:.1f}% of the choices<extra></extra>",
-            row=1,
-            col=column,
-        )
-    layer, language = use.max(axis=1).idxmax()
-    share, expert = use.loc[(layer, language)].max(), use.loc[(layer, language)].idxmax()
-    figure.update_layout(
-        template=TEMPLATE,
-        height=170 + 26 * len(languages),
-        title=f"In layer {layer}, expert {expert} gets {100 * share:.0f}% of the choices of "
-        f"\u201c{language}\u201d; even use would be {100 / use.shape[1]:.3g}%",
-        coloraxis={
-            "colorscale": "Blues",
-            "cmin": 0,
-            "colorbar": {"title": "% of choices", "thickness": 12},
-        },
-        margin={"t": 90},
-    )
-    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
-    figure.update_xaxes(showgrid=False, ticks="", title="expert")
-    return figure

@@ -319,6 +319,54 @@ def quantize(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """A weight beside what a format makes of it: what was lost, and where the levels lie.
+
+    >>> weight = torch.tensor([0.1, -0.5, 0.3, 1.0])
+    >>> rounding = Rounding(weight, quantize(weight, "int4"))
+    >>> rounding.relative_error, rounding.positions
+    (0.0727..., tensor([ 0.1000, -0.5000,  0.3000,  1.0000]))
+
+    The rounded weights are kept in their old dtype; only `quantized` holds packed bytes.
+    """
+
+    weight: torch.Tensor
+    quantized: Quantized
+
+    @cached_property
+    def error(self) -> torch.Tensor:
+        """By how much each weight moved, float32, in the weight's shape."""
+        return self.quantized.dequantize().float() - self.weight.float()
+
+    @property
+    def relative_error(self) -> float:
+        """The root of the mean squared error over that of the weights: 0.1 is a tenth lost."""
+        return (self.error.norm() / self.weight.float().norm()).item()
+
+    @property
+    def relative_absolute_error(self) -> float:
+        """The mean of the error's magnitude over that of the weights."""
+        return (self.error.abs().mean() / self.weight.float().abs().mean()).item()
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Where each weight lies among its block's levels: -1 the lowest, 1 the highest."""
+        blocks = _padded(self.weight.detach().reshape(-1).float(), self.quantized.block_size)
+        spans = (self.quantized.scales.units * self.quantized.codebook.peak)[:, None]
+        if self.quantized.minima is None:
+            positions = (blocks / spans).nan_to_num(0)
+        else:
+            positions = 2 * ((blocks - self.quantized.minima[:, None]) / spans).nan_to_num(0) - 1
+        return positions.flatten()[: self.weight.numel()].view(self.weight.shape)
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """The codebook's levels on the scale of `positions`."""
+        levels = self.quantized.codebook.levels / self.quantized.codebook.peak
+        return levels if self.quantized.minima is None else 2 * levels - 1
+
+
 def relative_error(weight: torch.Tensor, rounded: torch.Tensor) -> float:
     """The length of the difference over the length of the weight: 0.1 is a tenth lost.
 

@@ -233,6 +233,26 @@ class MoELayer(nn.Module):
                 place.copy_(weights[name])
 
 
+@torch.no_grad()
+def block_inputs(model: nn.Module, token_ids: Tensor) -> list[Tensor]:
+    """What each MoE block of a transformers model is given for `token_ids` (pages, tokens).
+
+    One tensor (pages x tokens, hidden) a layer, first layer first, the pages one after the other.
+    The blocks stand at `model.model.layers[i].mlp`.
+    """
+    seen = []
+    hooks = [
+        decoder.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, -2)))
+        for decoder in model.model.layers
+    ]
+    try:
+        model.model(input_ids=token_ids.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     linear.weight = nn.Parameter(torch.randn(outputs, inputs, generator=generator) / inputs**0.5)

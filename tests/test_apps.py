@@ -1,15 +1,24 @@
 """Apps are driven without a browser: record, and read the figure's data."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
+from families import FAMILIES
 
 from labutils import apps
 from labutils.apps import ErrorLine, live_memory, redraw
+from labutils.damage import Damage
+from labutils.ledger import ledger_of
 from labutils.meter import MIB, Meter, mark
+from labutils.moe import MoELayer, route
 from labutils.style import changeable
 
 GIB = 2**30
@@ -142,4 +151,192 @@ def test_the_cache_app_follows_its_controls():
     assert chart.layout.title.text == "a card is full after 12,288 tokens"
     context.value = 2**12
     assert chart.data[1].y[-1] == 2.0
+    assert errors.value == ""
+
+
+# --------------------------------------------------------------------------- routing and parameters
+
+
+def test_parameters_follow_experts_and_those_for_a_token():
+    ledgers = {name: ledger_of(FAMILIES[name]) for name in ("mixtral", "olmoe")}
+    controls, chart, errors = apps.parameters(ledgers).children
+    model, experts, top_k = controls.children
+    start = ledgers["mixtral"].with_experts(8, 2)
+    assert list(chart.data[2].y) == [start.total / 1e9, start.active / 1e9]
+
+    experts.value = 64
+    kept, met = chart.data[2].y
+    assert kept > 5 * start.total / 1e9 and met < 1.2 * start.active / 1e9
+    assert chart.layout.title.text.startswith("64 experts, 2 for a token")
+    top_k.value = 16
+    assert chart.data[2].y[0] == kept and chart.data[2].y[1] > 2 * met
+    model.value = "olmoe"
+    assert chart.data[2].y[0] == ledgers["olmoe"].with_experts(64, 16).total / 1e9
+    assert errors.value == ""
+
+
+def test_more_experts_for_a_token_than_there_are_is_said_and_leaves_the_picture():
+    controls, chart, errors = apps.parameters({"mixtral": ledger_of(FAMILIES["mixtral"])}).children
+    _, experts, top_k = controls.children
+    title = chart.layout.title.text
+    top_k.value = 9
+    assert "top_k=9: with 8 experts it must be 1 to 8" in errors.value
+    assert chart.layout.title.text == title
+    experts.value = 16
+    assert errors.value == "" and chart.layout.title.text.startswith("16 experts, 9 for a token")
+
+
+def test_who_goes_where_follows_layer_top_k_and_noise():
+    drawn = torch.Generator().manual_seed(1)
+    routings = [route(torch.randn(5, 8, generator=drawn), 2) for _ in range(3)]
+    controls, chart, errors = apps.who_goes_where(list("token"), routings).children
+    layer, top_k, noise = controls.children
+
+    def shown() -> list[list[int]]:
+        experts = list(chart.data[1].y)
+        return [experts[at : at + top_k.value] for at in range(0, len(experts), top_k.value)]
+
+    assert shown() == routings[0].chosen.tolist()
+    layer.value = 2
+    assert shown() == routings[2].chosen.tolist()
+    top_k.value = 3
+    assert shown() == route(routings[2].logits, 3).chosen.tolist()
+    noise.value = 2.0
+    assert shown() != route(routings[2].logits, 3).chosen.tolist()
+    noise.value = 0.0
+    top_k.value = 8
+    assert sum(chart.data[2].x) == 5 * 8 and errors.value == ""
+
+
+# ---------------------------------------------------------------------------------- number formats
+
+
+@pytest.fixture
+def number_formats():
+    """The app by name: its controls, the note under them, the chart and the error line."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(16, 256, generator=generator)
+    box = apps.number_formats({"normal": normal, "cubes": normal**3})
+    first, second, note, chart, errors = box.children
+    names = ("bits", "block", "double", "family", "kind")
+    controls = dict(zip(names, first.children + second.children, strict=True))
+    return SimpleNamespace(**controls, note=note, chart=chart, errors=errors)
+
+
+def test_number_formats_follow_every_control(number_formats):
+    app = number_formats
+    titles = [app.chart.layout.title.text]
+    assert titles[0].startswith("NF4, blocks of 64: 4.500 bits per weight")
+    for control, value, start in (
+        ("bits", 3, "NF3, blocks of 64: 3.500"),
+        ("family", "integer", "INT3, blocks of 64: 3.500"),
+        ("block", "row", "INT3, blocks of 256: 3.125"),
+        ("block", "tensor", "INT3, one block: 3.008"),
+        ("block", 128, "INT3, blocks of 128: 3.250"),
+        ("double", True, "INT3, double quantization, blocks of 128: 3.078"),
+        ("kind", "cubes", "INT3, double quantization, blocks of 128: 3.078"),
+        ("family", "integer, minimum to maximum", "INT3 from minimum to maximum, blocks of 128"),
+        ("bits", 8, "INT8 from minimum to maximum, blocks of 128: 8.500"),
+        ("family", "float", "FP8 E4M3, double quantization, blocks of 128: 8.078"),
+    ):
+        getattr(app, control).value = value
+        titles.append(app.chart.layout.title.text)
+        assert titles[-1].startswith(start) and titles[-1] != titles[-2]
+    assert len(app.chart.data[1].x) == 3 * 253 and app.errors.value == ""
+
+
+def test_a_width_that_a_family_lacks_is_said_and_leaves_the_picture(number_formats):
+    app = number_formats
+    app.family.value = "float"
+    before = app.chart.layout.title.text
+    assert before.startswith("FP4") and app.note.value == ""
+    app.bits.value = 6
+    assert "has 4 or 8 bits, not 6" in app.note.value
+    assert app.chart.layout.title.text == before and app.errors.value == ""
+    app.bits.value = 8
+    assert app.note.value == "" and app.chart.layout.title.text.startswith("FP8 E4M3")
+
+
+def test_microscaled_formats_bring_blocks_of_their_own(number_formats):
+    app = number_formats
+    app.family.value = "NVFP4"
+    assert "blocks of 16" in app.note.value and app.block.disabled and app.double.disabled
+    assert app.chart.layout.title.text.startswith("NVFP4, blocks of 16: 4.508")
+    app.family.value = "integer, minimum to maximum"
+    assert app.double.disabled and not app.block.disabled
+
+
+# ----------------------------------------------------------------------------- calibrated rounding
+
+
+def test_the_calibration_app_follows_its_controls():
+    """Many tokens turn harm into help; every control changes the picture, none the traces."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(16, 64, generator=generator)
+    tokens, held_out = (torch.randn(n, 16, generator=generator) @ mixed for n in (2048, 500))
+    box = apps.calibration(MoELayer(64, 128, 4, 2), tokens, held_out)
+    controls, chart, errors = box.children
+    method, bits, drawn, damping, expert = controls.children
+    assert bits.value == 3 and drawn.value == 32 and drawn.options[-1] == ("2,048", 2048)
+    seen = [chart.layout.title.text]
+    for control, value in (
+        (drawn, 2048),
+        (damping, 0.1),
+        (bits, 2),
+        (expert, 3),
+        (method, "awq"),
+    ):
+        control.value = value
+        seen.append(chart.layout.title.text)
+        assert len(chart.data) == 3 and errors.value == ""
+    assert len(set(seen)) == len(seen)
+    assert seen[0].startswith("GPTQ on ") and "of expert 0" in seen[0]
+    assert "less error" in seen[1] and seen[-1].startswith("AWQ on ")
+    assert "int2, 2.58 bits per weight" in chart.layout.title.subtitle.text
+    plain, _, calibrated = (list(bars.y) for bars in chart.data)
+    damping.value = 1
+    assert list(chart.data[2].y) == calibrated, "AWQ has no damping"
+    method.value, drawn.value = "gptq", 2048
+    assert all(after < before for before, after in zip(plain, chart.data[2].y, strict=True))
+
+
+# --------------------------------------------------------------------- what quantized experts cost
+
+
+def damage_of(nats: float) -> Damage:
+    return Damage(4.5, nats, pd.Series({"sum": 1.0, "sort": 1.0}), np.zeros((2, 4)))
+
+
+def test_damage_follows_bits_family_and_what_is_quantized() -> None:
+    def by_bits(*nats: float) -> dict[int, Damage]:
+        return {bits: damage_of(value) for bits, value in enumerate(nats, start=2)}
+
+    sweeps = {
+        "integer": {"experts": by_bits(0.9, 0.6), "attention": by_bits(0.8, 0.7)},
+        "normal float": {"experts": by_bits(0.55, 0.5), "attention": by_bits(0.75, 0.65)},
+    }
+    box = apps.damage(sweeps, damage_of(0.5))
+    controls, chart, errors = box.children
+    bits, target, family = controls.children
+    seen = [chart.layout.title.text]
+    for control, value in ((bits, 3), (target, "attention"), (family, "normal float")):
+        control.value = value
+        seen.append(chart.layout.title.text)
+    losses = [title.rsplit("loss ", 1)[1] for title in seen]
+    assert losses == ["+0.4000 nats", "+0.1000 nats", "+0.2000 nats", "+0.1500 nats"]
+    assert seen[-1].startswith("Attention in 3-bit normal float")
+    assert errors.value == ""
+
+
+def test_a_lower_threshold_takes_a_column_out_and_lowers_the_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 32, generator=generator).clamp(-4, 4)
+    x[:, 3] *= 50
+    weight = torch.randn(16, 32, generator=generator)
+    controls, chart, errors = apps.int8_threshold(x, weight, [1.0, 6.0, math.inf]).children
+    assert chart.layout.title.text.startswith("Plain INT8")
+    (threshold,) = controls.children
+    threshold.value = 6.0
+    assert chart.layout.title.text.startswith("3.1% of the columns")
+    assert chart.data[0].y[1] < chart.data[0].y[2] / 2
     assert errors.value == ""

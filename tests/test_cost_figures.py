@@ -63,8 +63,16 @@ def sweep_of(**rises: tuple[float, ...]) -> dict:
 @pytest.mark.parametrize(
     ("experts", "attention", "said"),
     [
-        ((0.1, 0.002, 0.0), (1.0, 0.0, 0.0), "2 bits attention cost 10 times more"),
-        ((0.6, 0.002, 0.0), (0.2, 0.0, 0.0), "2 bits experts cost 3 times more"),
+        (
+            (0.1, 0.002, 0.0),
+            (1.0, 0.0, 0.0),
+            "2-bit attention costs 10 times the loss of 2-bit experts",
+        ),
+        (
+            (0.6, 0.002, 0.0),
+            (0.2, 0.0, 0.0),
+            "2-bit experts costs 3 times the loss of 2-bit attention",
+        ),
     ],
 )
 def test_loss_curves_name_what_suffers_and_until_when(experts, attention, said):
@@ -92,7 +100,7 @@ def test_columns_are_counted_above_the_threshold():
     maxima = {"layer 0": torch.tensor([1.0, 7.0, 2.0]), "layer 1": torch.tensor([9.0, 8.0, 0.5])}
     figure = cost_figures.column_maxima(maxima, threshold=6.0)
     assert figure.layout.title.text == (
-        "In layer 1 2 of 3 columns reach 6, in the others at most 1"
+        "In layer 1, 2 of 3 columns reach 6; in the others at most 1"
     )
     assert list(figure.data[0].y) == [7, 2, 1]
     assert list(figure.data[-1].y) == [6, 6]
@@ -100,7 +108,10 @@ def test_columns_are_counted_above_the_threshold():
 
 @pytest.mark.parametrize(
     ("threshold", "said"),
-    [(6.0, "10.0% of the columns in 16 bits: the error is 1.00%, 0.25"), (math.inf, "No column")],
+    [
+        (6.0, "10.0% of the columns in 16 bits: the error is 1.00%, 0.25"),
+        (math.inf, "Plain INT8, no column"),
+    ],
 )
 def test_threshold_marks_where_it_stands(threshold, said):
     trials = pd.DataFrame(

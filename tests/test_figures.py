@@ -1,12 +1,15 @@
-"""Pictures hold what their records say, and their titles are the finding."""
+"""Pictures of bytes hold their records, and their titles are the finding."""
 
-import pandas as pd
 import pytest
 
 from labutils.anatomy import Part
 from labutils.budget import Budget
 from labutils.checkpoints import Coverage, StoredWeight
-from labutils.figures import budget_bars, cache_growth, coverage_bars, expert_use_map
+from labutils.figures import (
+    budget_bars,
+    cache_growth,
+    coverage_bars,
+)
 from labutils.meter import MIB
 from labutils.style import COLORS
 
@@ -57,13 +60,3 @@ def test_the_cache_grows_until_the_room_is_full():
     weights, cache, *_ = figure.data
     assert set(weights.y) == {2.0}
     assert cache.y[-1] == 4.0
-
-
-def test_the_map_of_experts_names_the_pair_that_stands_out():
-    rows = pd.MultiIndex.from_product([[0, 1], ["sum", "sort"]], names=["layer", "language"])
-    use = pd.DataFrame([[0.5, 0.5], [0.4, 0.6], [0.1, 0.9], [0.5, 0.5]], index=rows)
-    figure = expert_use_map(use)
-    assert "In layer 1, expert 1 gets 90% of the choices of \u201csum\u201d" in (
-        figure.layout.title.text
-    )
-    assert [panel.z[0][1] for panel in figure.data] == [50, 90]

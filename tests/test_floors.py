@@ -17,15 +17,16 @@ outliers calibrated recipes budget ledger
 experts checkpoints standin evaluate damage
 style
 memory_chart
-figures cost_figures
+figures layer_figures format_figures cost_figures rounding_figures
 apps
 cli
 __main__
 """
 ORDER = FLOORS.split()
+FIGURES = {name for name in ORDER if name.endswith("figures")}
 
 DOORS = {
-    "plotly": {"style", "memory_chart", "figures", "cost_figures"},
+    "plotly": {"style", "memory_chart"} | FIGURES,
     "ipywidgets": {"apps"},
     "psutil": {"meter"},
     "pynvml": {"meter"},

@@ -15,6 +15,7 @@ from labutils.formats import (
     STORABLE,
     NestedMaxima,
     Quantized,
+    Rounding,
     check_storable,
     pack,
     quantize,
@@ -108,6 +109,17 @@ def test_mxfp4_by_hand():
     quantized = quantize(torch.tensor([5.0, -2.4, 0.3, 0.0]), "mxfp4")
     assert quantized.scales.exponents.tolist() == [127]
     assert quantized.dequantize().tolist() == [4.0, -2.0, 0.5, 0.0]
+
+
+def test_a_rounding_by_hand():
+    """0.1, -0.5 and 0.3 in sevenths of 1: 1/7, -4/7 and 2/7."""
+    weight = torch.tensor([0.1, -0.5, 0.3, 1.0])
+    rounding = Rounding(weight, quantize(weight, "int4"))
+    error = [1 / 7 - 0.1, -4 / 7 + 0.5, 2 / 7 - 0.3, 0]
+    torch.testing.assert_close(rounding.error, torch.tensor(error))
+    assert rounding.relative_error == pytest.approx(math.hypot(*error) / math.hypot(*weight))
+    assert rounding.relative_absolute_error == pytest.approx(sum(map(abs, error)) / 1.9)
+    assert rounding.positions.tolist() == weight.tolist()
 
 
 # -------------------------------------------------------------------------------------- round trip
@@ -229,6 +241,23 @@ def test_no_weight_moves_by_more_than_half_a_step(format, weight, block_size):
     quantized = quantize(weight, format, block_size)
     moved = (quantized.dequantize() - weight).abs()
     assert (moved <= half_steps(quantized) * (1 + 1e-4) + 1e-37).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"double_quant": True}, {"asymmetric": True}])
+@pytest.mark.parametrize("format", ["int3", "nf4", "nvfp4"])
+@given(count=st.integers(1, 3000))
+def test_positions_and_levels_share_one_scale(format, settings, count):
+    """A weight goes to the level nearest to its position: what the figures rest on."""
+    if "asymmetric" in settings and format != "int3":
+        settings = {}
+    weight = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    rounding = Rounding(weight, quantize(weight, format, **settings))
+    assert (rounding.levels[0], rounding.levels[-1]) == (-1, 1)
+    again = Rounding(rounding.quantized.dequantize(), rounding.quantized)
+    distance = (again.positions[:, None] - rounding.levels).abs().amin(dim=1)
+    assert distance.max() < 1e-4, "rounded weights lie on levels"
+    half_gap = rounding.levels.diff().max() / 2
+    assert (rounding.positions - again.positions).abs().max() < half_gap + 0.07
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import MixtralConfig
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralSparseMoeBlock,
@@ -16,7 +16,14 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from labutils.moe import MoELayer, Routing, SwiGLU, load_balancing_loss, route
+from labutils.moe import (
+    MoELayer,
+    Routing,
+    SwiGLU,
+    block_inputs,
+    load_balancing_loss,
+    route,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -336,3 +343,33 @@ def test_a_record_is_frozen():
     with pytest.raises(AttributeError):
         route(torch.zeros(1, 2), 1).chosen = None
     assert isinstance(route(torch.zeros(1, 2), 1), Routing)
+
+
+def test_block_inputs_are_what_the_blocks_compute_with():
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        experts_implementation="eager",
+    )
+    model = MixtralForCausalLM(config)
+    answers = []
+    for decoder in model.model.layers:
+        decoder.mlp.register_forward_hook(lambda _, given, answer: answers.append(answer))
+    inputs = block_inputs(model, torch.arange(14).view(2, 7))
+    assert [x.shape for x in inputs] == [(14, 16)] * 2
+    for decoder, x, answer in zip(model.model.layers, inputs, answers, strict=True):
+        y, _ = MoELayer.from_transformers(decoder.mlp)(x)
+        torch.testing.assert_close(y.view(2, 7, 16), answer, rtol=1e-5, atol=1e-5)
+    assert not any(decoder.mlp._forward_pre_hooks for decoder in model.model.layers)
+
+
+def test_block_inputs_leave_no_hook_behind_after_an_error():
+    model = MixtralForCausalLM(MixtralConfig(**FAMILIES["mixtral"].to_diff_dict()))
+    with pytest.raises(IndexError):
+        block_inputs(model, torch.full((1, 3), 10**6))
+    assert not any(decoder.mlp._forward_pre_hooks for decoder in model.model.layers)
