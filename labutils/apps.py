@@ -83,6 +83,20 @@ def redraw(shown: FigureWidget, figure: Figure) -> None:
             shown.layout[name] = items
 
 
+def _box(controls: list[widgets.Widget], picture: Callable[[], Figure]) -> widgets.VBox:
+    """Controls over the picture that they make, which is drawn again whenever one of them moves."""
+    chart, errors = changeable(picture()), ErrorLine()
+
+    def draw(_change) -> None:
+        with errors.shown():
+            redraw(chart, picture())
+
+    for control in controls:
+        control.observe(draw, names="value")
+    in_rows = widgets.HBox(controls, layout={"flex_flow": "row wrap"})
+    return widgets.VBox([in_rows, chart, errors])
+
+
 def live_memory(meter: Meter) -> widgets.VBox:
     """A chart of what `meter` records, which grows while other cells run.
 
@@ -134,15 +148,7 @@ def kv_cache(weights_bytes: int, token_bytes: int, rooms: dict[str, int]) -> wid
     def picture() -> Figure:
         return cache_growth(weights_bytes, token_bytes * batch.value, context.value, rooms)
 
-    chart, errors = changeable(picture()), ErrorLine()
-
-    def draw(_change) -> None:
-        with errors.shown():
-            redraw(chart, picture())
-
-    for control in (context, batch):
-        control.observe(draw, names="value")
-    return widgets.VBox([widgets.HBox([context, batch]), chart, errors])
+    return _box([context, batch], picture)
 
 
 # --------------------------------------------------------------------------- routing and parameters
@@ -199,19 +205,6 @@ def who_goes_where(tokens: Sequence[str], routings: Sequence[Routing]) -> widget
         return routing_map(tokens, route(logits + noise.value * logits.std() * drawn, top_k.value))
 
     return _box([layer, top_k, noise], picture)
-
-
-def _box(controls: list[widgets.Widget], picture: Callable[[], Figure]) -> widgets.VBox:
-    """Controls over the picture that they make, which is drawn again whenever one of them moves."""
-    chart, errors = changeable(picture()), ErrorLine()
-
-    def draw(_change) -> None:
-        with errors.shown():
-            redraw(chart, picture())
-
-    for control in controls:
-        control.observe(draw, names="value")
-    return widgets.VBox([widgets.HBox(controls), chart, errors])
 
 
 # ---------------------------------------------------------------------------------- number formats
@@ -360,7 +353,7 @@ def calibration(layer: MoELayer, tokens: torch.Tensor, held_out: torch.Tensor) -
     with 32 tokens and whole numbers of 3 bits.
     """
     counts = [2**power for power in range(3, len(tokens).bit_length())]
-    method = widgets.ToggleButtons(options=[("GPTQ", "gptq"), ("AWQ", "awq")])
+    method = widgets.Dropdown(options=[("GPTQ", "gptq"), ("AWQ", "awq")], description="method")
     bits = widgets.IntSlider(3, 2, 8, description="bits", continuous_update=False)
     drawn = widgets.SelectionSlider(
         options=[(f"{count:,}", count) for count in counts],
