@@ -24,7 +24,7 @@ help:
 	@echo "make clean      remove .venv and all caches"
 
 lab: .venv/ready
-	@.venv/bin/python -m jupyterlab --ip=127.0.0.1 --port=$(PORT) --log-level=WARN \
+	@exec .venv/bin/python -m jupyterlab --ip=127.0.0.1 --port=$(PORT) --log-level=WARN \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
 		--LanguageServerManager.autodetect=False --LabApp.news_url=None \
 		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \

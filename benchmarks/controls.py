@@ -52,7 +52,7 @@ class Pace:
 def built_apps() -> Iterator[tuple[str, Callable[[], widgets.Box]]]:
     """Each app of notebooks 01 to 04 by its name, as its notebook shows it."""
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load(standin.PATH).float(), standin.tokenizer()
+    model, tokenizer = load(standin.PATH, device_map="cpu").float(), standin.tokenizer()
     probe = Probe(model, tokenizer, pages=4, examples=4)
     duty = probe.duties[3][0]
     layer = MoELayer.from_transformers(model.model.layers[3].mlp)

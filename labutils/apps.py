@@ -160,15 +160,32 @@ def parameters(ledgers: Mapping[str, Ledger]) -> widgets.VBox:
     """Large and cheap under the reader's hand: how many experts, how many of them for a token.
 
     `ledgers` are models by name; of each only the number of experts changes, to powers of two up to
-    128. It starts with the first model, 8 experts and 2 of them for a token.
+    128. It starts with the first model; each model comes with the number that it has, or nearly so.
 
     Example: `parameters({"Mixtral-8x7B": ledger_of(PUBLISHED["Mixtral-8x7B"])})`.
     """
     model = widgets.Dropdown(options=list(ledgers), description="shape of")
+    first = next(iter(ledgers.values()))
     experts = widgets.SelectionSlider(
-        options=_EXPERT_NUMBERS, value=8, description="experts", continuous_update=False
+        options=_EXPERT_NUMBERS,
+        value=_nearest_number(first),
+        description="experts",
+        continuous_update=False,
     )
-    top_k = widgets.IntSlider(2, 1, 16, description="for a token", continuous_update=False)
+    top_k = widgets.IntSlider(
+        first.top_k, 1, 16, description="for a token", continuous_update=False
+    )
+
+    def choose(_change) -> None:
+        ledger = ledgers[model.value]
+        experts.value, top_k.value = _nearest_number(ledger), ledger.top_k
+
+    def limit(_change) -> None:
+        top_k.max = min(16, experts.value)
+
+    model.observe(choose, names="value")
+    experts.observe(limit, names="value")
+    limit(None)
 
     def picture() -> Figure:
         ledger = ledgers[model.value]
@@ -179,6 +196,10 @@ def parameters(ledgers: Mapping[str, Ledger]) -> widgets.VBox:
         )
 
     return _box([model, experts, top_k], picture)
+
+
+def _nearest_number(ledger: Ledger) -> int:
+    return min(_EXPERT_NUMBERS, key=lambda number: abs(number - ledger.experts))
 
 
 def who_goes_where(tokens: Sequence[str], routings: Sequence[Routing]) -> widgets.VBox:
@@ -352,6 +373,8 @@ def calibration(layer: MoELayer, tokens: torch.Tensor, held_out: torch.Tensor) -
     `held_out` what it is judged on; an expert gets those of them that are routed to it. It starts
     with 32 tokens and whole numbers of 3 bits.
     """
+    if tokens.dim() != 2 or len(tokens) < 8:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: give (8 or more, hidden).")
     counts = [2**power for power in range(3, len(tokens).bit_length())]
     method = widgets.Dropdown(options=[("GPTQ", "gptq"), ("AWQ", "awq")], description="method")
     bits = widgets.IntSlider(3, 2, 8, description="bits", continuous_update=False)

@@ -215,7 +215,8 @@ def gptq(
     `damping` times the mean of H's diagonal is added to the diagonal: 0 trusts the tokens to the
     last digit, 1 hardly at all. A block's maximum is that of its weights at the moment when its
     first column comes up, with all that was pushed on to them. An input that is always 0 gets a
-    diagonal of 1: its weights are rounded plainly.
+    diagonal of 1: its weights are rounded plainly. (The authors' program sets them to zero, and
+    so a whole expert that saw no token.)
 
     Two weights that always see the same input, so that only their sum counts, in whole numbers:
     0.4 goes to 0 and pushes its 0.4 on; 0.3 + 0.4 then goes to 1.
@@ -299,10 +300,12 @@ def awq(
     than with that; where it wins, no scales are kept. The scales are rounded to bfloat16.
 
     Whoever runs Q(W s) has to divide the inputs by s. A dense model's s goes into the norm before
-    the matrix. In a Mixture of Experts the router and all experts share that norm: gate_proj and
-    up_proj must keep their scales, 16 bits for each input. down_proj's fold into the rows of
-    up_proj, since silu(gate x) * (up x / s) is (silu(gate x) * up x) / s; and as blocks lie in
-    rows, that changes up_proj's block maxima and not one of its codes. `folded` says that it is so.
+    the matrix. In a Mixture of Experts the router and all experts share that norm, so that an s of
+    each expert's own has no place there: gate_proj and up_proj keep theirs, 16 bits an input. (One
+    s for the whole block, the router included, could go into the norm; it is not tried here.)
+    down_proj's fold into the rows of up_proj, since silu(gate x) * (up x / s) is
+    (silu(gate x) * up x) / s; and as blocks lie in rows, that changes up_proj's block maxima and
+    not one of its codes. `folded` says that it is so.
 
     In whole numbers 0.4 beside 1.0 goes to 0. If its input is 100 times as large as the other's, it
     is scaled up until it reaches a level:
@@ -338,7 +341,7 @@ def _rounded(weight: Tensor, codebook: Codebook, size: int) -> Tensor:
 
 
 def _check_damping(damping: float) -> None:
-    if not damping >= 0:
+    if not 0 <= damping < math.inf:
         raise ValueError(f"damping={damping}: it is a share of the diagonal, 0 or more; try 0.01.")
 
 
@@ -355,6 +358,9 @@ def _check(
     if statistics.tokens == 0:
         raise ValueError("0 tokens were seen, at least 1 is needed; `rtn` can do without.")
     _check_finite("weight holds", weight)
+    _check_finite("inputs' sums of squares hold", statistics.gram)
+    if not weight.numel():
+        raise ValueError(f"The weight of shape {tuple(weight.shape)} is empty.")
     size = weight.shape[1] if block_size == "row" else check_block_size(block_size)
     if weight.shape[1] % size:
         raise ValueError(

@@ -134,8 +134,9 @@ def normal_float(bits: int) -> Codebook:
     >>> CODEBOOKS["nf2"].levels
     tensor([-1.0000,  0.0000,  0.4358,  1.0000])
 
-    arXiv:2305.14314, section 3. For 4 bits it equals the published levels to the last bit; other
-    bits are this lab's extension of the same rule.
+    NF4 is QLoRA's (arXiv:2305.14314, section 3), whose text takes the means of neighbouring
+    quantiles; its published levels (appendix E) follow the rule above, which its code has. For 4
+    bits this equals them to the last bit; other bits are this lab's extension of the rule.
     """
     codes = 2**bits
     outermost = round(1 - (1 / (2 * codes) + 1 / (2 * (codes - 1))) / 2, 7)

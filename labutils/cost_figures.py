@@ -220,7 +220,7 @@ def loss_by_bits(sweep: Mapping[str, Mapping[int, Damage]], undisturbed: Damage)
         title="rise of cross-entropy<br>(nats per token)",
         type="log",
         tickvals=[1e-4, 1e-3, 1e-2, 1e-1, 1, 10],
-        ticktext=["0.0001", "0.001", "0.01", "0.1", "1", "10"],
+        ticktext=["0.0001 or less", "0.001", "0.01", "0.1", "1", "10"],
     )
     return figure
 
@@ -275,7 +275,7 @@ def damage_view(damage: Damage, undisturbed: Damage, label: str) -> Figure:
         y=[f"layer {layer}" for layer in range(errors.shape[0])],
         colorscale="Oranges",
         zmin=0,
-        zmax=50,
+        zmax=60,
         text=np.where(errors > 0, np.char.mod("%.2g", errors), ""),
         texttemplate="%{text}",
         colorbar={"title": "%", "thickness": 12},
@@ -283,7 +283,7 @@ def damage_view(damage: Damage, undisturbed: Damage, label: str) -> Figure:
         row=1,
         col=2,
     )
-    rise = damage.nats_per_token - undisturbed.nats_per_token
+    rise = round(damage.nats_per_token - undisturbed.nats_per_token, 4) + 0.0
     kept = undisturbed.accuracy[undisturbed.accuracy > 0.95].index
     still = int((damage.accuracy[kept] > 0.95).sum())
     figure.update_layout(
@@ -376,7 +376,7 @@ def threshold_view(trials: pd.DataFrame, threshold: float) -> Figure:
             secondary_y=secondary,
         )
     row, plain = trials.loc[here], trials.iloc[-1]
-    found = f"{100 * row['in_16_bits']:.1f}% of the columns in 16 bits: the error is "
+    found = f"{100 * row['in_16_bits']:.1f}% of the columns in 16 bits: an error of "
     ratio = row["error"] / plain["error"]
     title = (
         f"{found}{100 * row['error']:.2f}%, {ratio:.2f} of plain INT8's"

@@ -56,6 +56,8 @@ class Probe:
 
     @torch.no_grad()
     def __init__(self, model, tokenizer, pages: int = 8, examples: int = 16):
+        if pages < 1 or examples < 1:
+            raise ValueError(f"pages={pages}, examples={examples}: at least 1 of each is needed.")
         self.model, self.tokenizer = model, tokenizer
         generator = torch.Generator().manual_seed(0)
         self._pages = languages.pages(pages, generator, held_out=True)

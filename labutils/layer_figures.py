@@ -156,9 +156,14 @@ def _load_title(routing: Routing, even: float) -> dict:
     counts = routing.counts.tolist()
     tokens, top_k = routing.chosen.shape
     busiest, idlest = counts.index(max(counts)), counts.index(min(counts))
+    finding = (
+        f"Expert {busiest} gets {counts[busiest]} of {tokens} tokens, expert {idlest} gets "
+        f"{counts[idlest]}; even would be {even:.3g}"
+    )
     return {
-        "text": f"Expert {busiest} gets {counts[busiest]} of {tokens} tokens, expert {idlest} gets "
-        f"{counts[idlest]}; even would be {even:.3g}",
+        "text": finding
+        if busiest != idlest
+        else f"Every expert gets {even:.3g} of {tokens} tokens",
         "subtitle": {
             "text": f"each token goes to {top_k} of {routing.experts} experts; the area of a dot "
             "is the weight of the expert's answer"
@@ -333,7 +338,7 @@ def parameters_by_experts(grown: Sequence[Ledger], here: Ledger) -> Figure:
     )
     figure.update_layout(
         title={
-            "text": f"{here.experts} experts, {here.top_k} for a token: "
+            "text": f"{here.experts} expert{'s' * (here.experts > 1)}, {here.top_k} for a token: "
             f"{here.total / 1e9:.1f} billion parameters kept, {here.active / 1e9:.1f} met",
             "subtitle": {
                 "text": f"in 16 bits {2 * here.total / 1e9:,.1f} GB are stored, of which a token "

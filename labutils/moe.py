@@ -163,6 +163,10 @@ class MoELayer(nn.Module):
         hidden = self.router.in_features
         if x.shape[-1] != hidden:
             raise ValueError(f"The tokens have width {x.shape[-1]}; this layer takes {hidden}.")
+        if x.dtype != self.router.weight.dtype:
+            raise ValueError(
+                f"The tokens are {x.dtype}, the layer {self.router.weight.dtype}: use x.to(...)."
+            )
         tokens = x.reshape(-1, hidden)
         routing = route(self.router(tokens), self.top_k)
         y = torch.zeros_like(tokens)
@@ -260,7 +264,7 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
 
 
 def _check_top_k(top_k: int, experts: int) -> None:
-    if not 1 <= top_k <= experts:
+    if type(top_k) is not int or not 1 <= top_k <= experts:
         raise ValueError(f"top_k={top_k}: with {experts} experts it must be 1 to {experts}.")
 
 

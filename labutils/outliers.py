@@ -55,11 +55,12 @@ def int8_product(x: torch.Tensor, weight: Quantized, threshold: float = THRESHOL
 
     The answer is 1.01: beside 100 the step is 0.79, and without it 0.0079.
 
-    Raises ValueError for a weight in another format or with other blocks than rows. Left out: the
+    Raises ValueError for a weight in another format or with other blocks than rows, for inputs of
+    another shape or that are not finite, and for a threshold of 0 or less. Left out: the
     paper keeps the weights' outlier columns in 16 bits as well; here they are dequantized from
     INT8, as in bitsandbytes' inference.
     """
-    _check_rows(x, weight)
+    _check(x, weight, threshold)
     columns = outlier_columns(x, threshold)
     rest = x.clone()
     rest[:, columns] = 0
@@ -72,10 +73,13 @@ def int8_product(x: torch.Tensor, weight: Quantized, threshold: float = THRESHOL
 
 def _whole(quantized: Quantized) -> torch.Tensor:
     """The codes as whole numbers, in float64, where sums of their products are exact."""
-    return CODEBOOKS["int8"].values[quantized.codes.long()].double()
+    values = CODEBOOKS["int8"].values.to(quantized.packed.device)
+    return values[quantized.codes.long()].double()
 
 
-def _check_rows(x: torch.Tensor, weight: Quantized) -> None:
+def _check(x: torch.Tensor, weight: Quantized, threshold: float) -> None:
+    if not isinstance(weight, Quantized):
+        raise TypeError(f'A {type(weight).__name__} is no weight; give quantize(w, "int8", "row").')
     in_rows = isinstance(weight.scales, Maxima) and weight.block_size == weight.shape[-1]
     if weight.format != "int8" or not in_rows:
         raise ValueError(
@@ -85,4 +89,11 @@ def _check_rows(x: torch.Tensor, weight: Quantized) -> None:
     if x.dim() != 2 or x.shape[1] != weight.shape[-1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; this weight takes (tokens, {weight.shape[-1]})."
+        )
+    if not torch.isfinite(x).all():
+        raise ValueError("x holds NaN or infinite values; each would spoil a token's whole row.")
+    if not threshold > 0:
+        raise ValueError(
+            f"threshold={threshold} takes every column out; to take out none (0 in bitsandbytes) "
+            "give torch.inf."
         )

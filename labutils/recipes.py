@@ -168,10 +168,12 @@ def simulated(model: torch.nn.Module, recipe: Recipe) -> Iterator[None]:
 
     Example: `with simulated(model, Recipe(experts="int3")): cross_entropy(model, tokenizer)`.
 
-    Raises ValueError, before anything is changed, for an override that fits no part of the model.
+    Raises ValueError, before anything is changed, for an override that fits no part of the model,
+    and for a model that is already quantized.
     """
     held = {name: matrices(name, tuple(p.shape)) for name, p in model.named_parameters()}
     check_overrides(recipe, [weight.part for weights in held.values() for weight in weights])
+    _check_unquantized(model)
     originals = {}
     try:
         for name, weights in held.items():
@@ -186,6 +188,15 @@ def simulated(model: torch.nn.Module, recipe: Recipe) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             model.get_parameter(name).detach().copy_(original)
+
+
+def _check_unquantized(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is stored as {parameter.dtype}: the model is quantized already. To "
+                "simulate other formats load it in 16 bits."
+            )
 
 
 def _rounded(weight: torch.Tensor, format: str, recipe: Recipe) -> torch.Tensor:

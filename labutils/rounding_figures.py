@@ -209,30 +209,40 @@ def methods_compared(table: pd.DataFrame) -> Figure:
     by_method = ordered.groupby(["order", "method", "damping"], dropna=False)
     for (_, method, damping), rows in by_method:
         name = method.upper() + (f", damping {damping:g}" if method == "gptq" else "")
-        for column, heights in ((1, rows.output_error), (2, rows.kl)):
-            figure.add_bar(
-                x=labels[rows.index],
-                y=heights,
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                marker={"color": _METHOD_COLORS[method] if damping != 0.01 else "#9CC8E3"},
-                customdata=rows.bits_per_weight,
-                hovertemplate="%{y:.5f}, %{customdata:.3f} bits per weight<extra>"
-                + name
-                + "</extra>",
-                row=1,
-                col=column,
-            )
-        figure.data[-1].error_y = {
-            "array": rows.kl_high - rows.kl,
-            "arrayminus": rows.kl - rows.kl_low,
-            "visible": method != "rtn",
-            "thickness": 1.2,
-            "width": 3,
+        shared = {
+            "x": labels[rows.index],
+            "name": name,
+            "legendgroup": name,
+            "offsetgroup": name,
+            "customdata": rows.bits_per_weight,
+            "hovertemplate": "%{y:.5f}, %{customdata:.3f} bits per weight<extra>"
+            + name
+            + "</extra>",
         }
+        color = _METHOD_COLORS[method] if damping != 0.01 else "#9CC8E3"
+        figure.add_bar(y=rows.output_error, marker={"color": color}, **shared, row=1, col=1)
+        figure.add_scatter(
+            y=rows.kl,
+            mode="markers",
+            marker={"color": color, "size": 10},
+            error_y={
+                "array": rows.kl_high - rows.kl,
+                "arrayminus": rows.kl - rows.kl_low,
+                "visible": method != "rtn",
+                "thickness": 1.5,
+                "width": 4,
+            },
+            showlegend=False,
+            **shared,
+            row=1,
+            col=2,
+        )
     figure.update_layout(
-        template=TEMPLATE, height=430, barmode="group", title=_methods_title(table)
+        template=TEMPLATE,
+        height=430,
+        barmode="group",
+        scattermode="group",
+        title=_methods_title(table),
     )
     figure.update_xaxes(tickangle=0, showgrid=False)
     figure.update_yaxes(title="output error (share of the output)", col=1)
@@ -326,7 +336,7 @@ def own_or_all(table: pd.DataFrame) -> Figure:
     others_win = ratio.index[ratio["its own"] >= ratio["all"]]
     figure.update_layout(
         title={
-            "text": f"Up to {others_win[-1]:,} tokens, those of other experts help"
+            "text": f"Up to {others_win[-1]:,} tokens for all experts, those of others help"
             if len(others_win)
             else "An expert's own tokens are better at every number",
             "subtitle": {"text": "mean over the matrices of one layer; below 1 calibration helps"},
@@ -387,7 +397,8 @@ def _calibration_title(plain: Sequence[RoundedMatrix], calibrated: Sequence[Roun
         text = f"Expert {first.expert} got no token and is rounded plainly"
     else:
         text = (
-            f"{first.rounded.method.upper()} on {first.tokens:,} tokens of expert {first.expert}: "
+            f"{first.rounded.method.upper()} on {first.tokens:,} "
+            f"token{'s' * (first.tokens > 1)} of expert {first.expert}: "
             f"{abs(change):.0%} {'more' if change > 0 else 'less'} error than plain rounding"
         )
     bits = np.mean([matrix.rounded.bits_per_weight for matrix in calibrated])

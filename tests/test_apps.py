@@ -171,19 +171,22 @@ def test_parameters_follow_experts_and_those_for_a_token():
     top_k.value = 16
     assert chart.data[2].y[0] == kept and chart.data[2].y[1] > 2 * met
     model.value = "olmoe"
-    assert chart.data[2].y[0] == ledgers["olmoe"].with_experts(64, 16).total / 1e9
+    assert (experts.value, top_k.value) == (16, 4), "a model comes with its own numbers"
+    assert chart.data[2].y[0] == ledgers["olmoe"].total / 1e9
     assert errors.value == ""
 
 
-def test_more_experts_for_a_token_than_there_are_is_said_and_leaves_the_picture():
+def test_a_token_cannot_have_more_experts_than_there_are():
     controls, chart, errors = apps.parameters({"mixtral": ledger_of(FAMILIES["mixtral"])}).children
     _, experts, top_k = controls.children
-    title = chart.layout.title.text
     top_k.value = 9
-    assert "top_k=9: with 8 experts it must be 1 to 8" in errors.value
-    assert chart.layout.title.text == title
+    assert top_k.value == 8, "the slider ends at the number of experts"
+    experts.value = 1
+    assert chart.layout.title.text.startswith("1 expert, 1 for a token")
     experts.value = 16
-    assert errors.value == "" and chart.layout.title.text.startswith("16 experts, 9 for a token")
+    top_k.value = 9
+    assert chart.layout.title.text.startswith("16 experts, 9 for a token")
+    assert errors.value == ""
 
 
 def test_who_goes_where_follows_layer_top_k_and_noise():

@@ -109,7 +109,7 @@ def test_columns_are_counted_above_the_threshold():
 @pytest.mark.parametrize(
     ("threshold", "said"),
     [
-        (6.0, "10.0% of the columns in 16 bits: the error is 1.00%, 0.25"),
+        (6.0, "10.0% of the columns in 16 bits: an error of 1.00%, 0.25"),
         (math.inf, "Plain INT8, no column"),
     ],
 )

@@ -17,7 +17,7 @@ from labutils.recipes import Recipe, simulated
 @pytest.fixture(scope="module")
 def model():
     transformers.utils.logging.disable_progress_bar()
-    return load(standin.PATH).float()
+    return load(standin.PATH, device_map="cpu").float()
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,8 @@ def test_the_model_is_left_as_it_was(model, probe):
     probe.damage(Recipe("nf2", "nf2", "nf2"))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert not any(layer.mlp._forward_pre_hooks for layer in model.model.layers)
+
+
+def test_a_probe_without_pages_is_refused(model):
+    with pytest.raises(ValueError, match="pages=0, examples=4"):
+        Probe(model, standin.tokenizer(), pages=0, examples=4)

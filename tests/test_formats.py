@@ -349,6 +349,41 @@ def test_what_makes_no_sense_is_refused(weight, format, settings, message):
         quantize(weight, format, **settings)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", CODED)
+def test_the_largest_numbers_stay_finite(format, dtype):
+    largest = torch.finfo(dtype).max
+    weight = torch.tensor([largest, -largest, largest / 3, 0.0], dtype=dtype)
+    for asymmetric in {False, format.startswith("int")}:
+        assert quantize(weight, format, asymmetric=asymmetric).dequantize().isfinite().all()
+
+
+def test_a_number_too_large_for_float32_is_refused():
+    with pytest.raises(ValueError, match="1 NaN or infinite values among 2"):
+        quantize(torch.tensor([1e300, 1.0], dtype=torch.float64), "nf4")
+
+
+@pytest.mark.parametrize("weight", [[0.1, 0.2], None, quantize(torch.ones(4), "nf4")])
+def test_what_is_no_tensor_is_refused(weight):
+    with pytest.raises(TypeError, match=type(weight).__name__):
+        quantize(weight, "nf4")
+
+
+def test_a_format_nearly_right_is_guessed():
+    with pytest.raises(ValueError, match=r"Did you mean 'nf4'\?"):
+        quantize(torch.ones(4), "NF4")
+
+
+@pytest.mark.parametrize("settings", [{"block_size": "nonsense"}, {"asymmetric": True}])
+def test_microscaled_formats_check_what_they_do_not_use(settings):
+    with pytest.raises(ValueError):
+        quantize(torch.ones(4), "mxfp4", **settings)
+
+
+def test_nothing_is_lost_of_nothing():
+    assert relative_error(torch.zeros(4), torch.zeros(4)) == 0
+
+
 def test_integers_are_refused():
     with pytest.raises(TypeError, match=r"torch\.int64"):
         quantize(torch.arange(4), "int8")

@@ -368,6 +368,11 @@ def test_block_inputs_are_what_the_blocks_compute_with():
     assert not any(decoder.mlp._forward_pre_hooks for decoder in model.model.layers)
 
 
+def test_tokens_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match=r"bfloat16, the layer torch\.float32: use x\.to"):
+        MoELayer(8, 8, 2, 1)(torch.ones(3, 8, dtype=torch.bfloat16))
+
+
 def test_block_inputs_leave_no_hook_behind_after_an_error():
     model = MixtralForCausalLM(MixtralConfig(**FAMILIES["mixtral"].to_diff_dict()))
     with pytest.raises(IndexError):

@@ -80,8 +80,21 @@ def test_taking_the_column_out_helps_where_there_is_one_and_only_there():
         (torch.ones(1, 64), quantize(torch.ones(4, 64), "nf4"), "in nf4 with blocks of 64"),
         (torch.ones(1, 128), quantize(torch.ones(4, 128), "int8"), "int8 with blocks of 64"),
         (torch.ones(1, 32), quantize(torch.ones(4, 64), "int8", "row"), r"\(1, 32\)"),
+        (torch.ones(64), quantize(torch.ones(4, 64), "int8", "row"), r"\(64,\)"),
+        (torch.full((1, 64), torch.nan), quantize(torch.ones(4, 64), "int8", "row"), "x holds NaN"),
     ],
 )
 def test_what_cannot_be_multiplied_is_refused(x, weight, message):
     with pytest.raises(ValueError, match=message):
         int8_product(x, weight)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, torch.nan])
+def test_a_threshold_that_takes_everything_out_is_refused(threshold):
+    with pytest.raises(ValueError, match=r"give torch\.inf"):
+        int8_product(torch.ones(1, 64), quantize(torch.ones(4, 64), "int8", "row"), threshold)
+
+
+def test_a_weight_that_is_not_quantized_is_refused():
+    with pytest.raises(TypeError, match="A Tensor is no weight"):
+        int8_product(torch.ones(1, 64), torch.ones(4, 64))

@@ -163,3 +163,9 @@ def test_an_override_that_fits_nothing_changes_nothing(model):
 def test_a_format_that_can_only_be_simulated_is_not_loaded():
     with pytest.raises(ValueError, match="int3 can be studied, not stored"):
         load(standin.PATH, Recipe(experts="int3"))
+
+
+def test_a_quantized_model_is_not_simulated_upon():
+    stored = load(standin.PATH, Recipe(experts="nf4"))
+    with pytest.raises(ValueError, match="quantized already"), simulated(stored, Recipe("int3")):
+        pass

@@ -89,7 +89,10 @@ def test_the_largest_number_of_tokens_that_did_harm_is_named():
 def test_where_own_tokens_take_over_is_named():
     rows = [(64, "its own", 1.0), (64, "all", 0.9), (1024, "its own", 0.5), (1024, "all", 0.6)]
     table = pd.DataFrame(rows, columns=["drawn", "whose", "ratio"])
-    assert own_or_all(table).layout.title.text == "Up to 64 tokens, those of other experts help"
+    assert (
+        own_or_all(table).layout.title.text
+        == "Up to 64 tokens for all experts, those of others help"
+    )
     own = own_or_all(table[table.drawn > 64])
     assert own.layout.title.text == "An expert's own tokens are better at every number"
     assert [line.name for line in own.data] == [
