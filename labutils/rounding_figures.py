@@ -178,7 +178,7 @@ def damping_curves(table: pd.DataFrame) -> Figure:
         template=TEMPLATE,
         height=400,
         title={
-            "text": f"Undamped, what is pushed on makes the last blocks of {worst.format} "
+            "text": f"Damped by {worst.damping:g}, the last blocks of {worst.format} become "
             f"{worst.growth:.1f} times as large",
             "subtitle": {
                 "text": f"best damping for {best.format}: {best.damping:g}, with "
@@ -261,9 +261,9 @@ def _methods_title(table: pd.DataFrame) -> dict:
     for format, rows in table.groupby("format", sort=False):
         best = rows.loc[rows.kl.idxmin()]
         plain = rows[rows.method == "rtn"].kl.item()
-        said.append(f"{plain / best.kl:.1f}x at {format}")
+        said.append(f"{plain / best.kl:.1f} times at {format}")
     return {
-        "text": f"The best method does less damage: {', '.join(said)}",
+        "text": f"The best method has a smaller KL: {', '.join(said)}",
         "subtitle": {
             "text": f"KL of plain rounding over that of the best; intervals are 95% over pages; "
             f"{_SIMULATED}"

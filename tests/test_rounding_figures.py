@@ -46,7 +46,7 @@ def test_the_worst_growth_and_the_best_damping_are_named():
     rows = [("int2", 0.01, 1.4, 6.0), ("int2", 0.1, 0.5, 1.5), ("int4", 0.01, 0.4, 1.0)]
     columns = ["format", "damping", "ratio", "growth"]
     figure = damping_curves(pd.DataFrame(rows, columns=columns))
-    assert figure.layout.title.text.endswith("the last blocks of int2 6.0 times as large")
+    assert figure.layout.title.text.endswith("the last blocks of int2 become 6.0 times as large")
     assert "best damping for int2: 0.1, with 50% less error" in figure.layout.title.subtitle.text
     assert [list(line.y) for line in figure.data[:2]] == [[1.4, 0.5], [6.0, 1.5]]
 
@@ -62,7 +62,7 @@ def test_methods_are_compared_by_the_best_of_each_format():
     ]
     table = pd.DataFrame(rows, columns=columns)
     figure = methods_compared(table.assign(kl_low=table.kl * 0.9, kl_high=table.kl * 1.2))
-    assert figure.layout.title.text.endswith("4.0x at int2, 2.0x at int3")
+    assert figure.layout.title.text.endswith("KL: 4.0 times at int2, 2.0 times at int3")
     assert "simulated" in figure.layout.title.subtitle.text
     assert [bar.name for bar in figure.data[::2]] == [
         "RTN",
