@@ -72,7 +72,7 @@ def built_apps() -> Iterator[tuple[str, Callable[[], widgets.Box]]]:
     yield (
         "int8_threshold",
         lambda: apps.int8_threshold(
-            torch.nn.functional.silu(duty.inputs @ layer.experts[0].gate_proj.weight.T).detach(),
+            layer.experts[0].middle(duty.inputs).detach(),
             layer.experts[0].down_proj.weight.detach(),
             thresholds,
         ),

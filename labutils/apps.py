@@ -2,9 +2,10 @@
 
 An app is a box with its controls on top, one figure, and a line that says what went wrong. The
 figure is a widget that is made once and then changed in place, since each new one ships its own
-copy of plotly to the page. A module below computes, `figures` draws, `redraw` carries the picture
-into the widget, and an `ErrorLine` shows what Jupyter would swallow, while the last good picture
-stays. An app can be driven without a browser: set a control's `.value`, read the figure's `.data`.
+copy of plotly to the page. A module below computes, one of the figures' modules draws, `redraw`
+carries the picture into the widget, and an `ErrorLine` shows what Jupyter would swallow, while the
+last good picture stays. An app can be driven without a browser: set a control's `.value`, read the
+figure's `.data`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def live_memory(meter: Meter) -> widgets.VBox:
 
     Show it in one cell and record in later ones: a page redraws during a cell only what an earlier
     cell has shown. It is redrawn at most 5 times a second and at the end of each run; see
-    `figures.memory_chart` for what it shows. What goes wrong in drawing stands below the chart,
+    `memory_chart` for what it shows. What goes wrong in drawing stands below the chart,
     and the recording goes on. The chart's own data counts too: about 1 MiB in the first run, a
     quarter of it in later ones.
 

@@ -43,7 +43,6 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codebooks import Codebook
@@ -55,7 +54,6 @@ from .formats import (
     Quantized,
     check_block_size,
     check_format,
-    pack,
     quantize,
 )
 from .moe import MoELayer, SwiGLU, route
@@ -163,8 +161,7 @@ def expert_statistics(
     for index, expert in enumerate(layer.experts):
         mine = slice(None) if every_token else (routing.chosen == index).any(dim=1)
         x = tokens[mine]
-        middle = F.silu(expert.gate_proj(x)) * expert.up_proj(x)
-        seen.append(ExpertStatistics(Statistics.of(x), Statistics.of(middle)))
+        seen.append(ExpertStatistics(Statistics.of(x), Statistics.of(expert.middle(x))))
     return seen
 
 
@@ -246,8 +243,8 @@ def gptq(
             maxima[block] = left[begin : begin + size].abs().amax(dim=0)
         errors = _round_columns(left[now], factor[now, now], maxima[block], codebook, codes[now])
         left[now.stop :] -= factor[now, now.stop :].T @ errors
-    packed, scales = pack(codes.T.flatten(), codebook), Maxima(maxima.T.flatten(), codebook.peak)
-    return Rounded(Quantized(format, weight.shape, weight.dtype, size, packed, scales), "gptq")
+    scales = Maxima(maxima.T.flatten(), codebook.peak)
+    return Rounded(Quantized(format, codes.T.contiguous(), weight.dtype, size, scales), "gptq")
 
 
 def _round_columns(
@@ -316,28 +313,18 @@ def awq(
 
     Raises ValueError as `gptq` does. Left out: the paper's clipping of the block maxima.
     """
-    codebook, size = _check(weight, statistics, format, block_size)
+    _check(weight, statistics, format, block_size)
     exact = weight.detach().float()
     typical = (statistics.magnitudes / statistics.magnitudes.mean()).clamp(min=SMALLEST_SHARE)
     scales = [(typical**exponent).bfloat16().float() for exponent in EXPONENTS]
     lost = []
     for s in scales:
-        wrong = _rounded(exact * s, codebook, size) / s - exact
+        wrong = quantize(exact * s, format, block_size).dequantize() / s - exact
         lost.append(((wrong @ statistics.gram) * wrong).sum().item())
     best = lost.index(min(lost))
     quantized = quantize(exact * scales[best], format, block_size)
     quantized = replace(quantized, dtype=weight.dtype)
     return Rounded(quantized, "awq", scales[best] if best else None, folded)
-
-
-def _rounded(weight: Tensor, codebook: Codebook, size: int) -> Tensor:
-    """What `quantize` and `dequantize` make of `weight`, without packing codes in between."""
-    blocks, peak = weight.view(-1, size), codebook.peak
-    maxima = blocks.abs().amax(dim=1, keepdim=True)
-    inverse = peak / maxima.clamp(min=SMALLEST_MAXIMUM * peak)
-    codes = codebook.nearest((blocks * inverse).clamp(-peak, peak))
-    levels = codebook.values.to(weight.device)[codes.int()]
-    return (levels * (maxima / peak)).view(weight.shape)
 
 
 def _check_damping(damping: float) -> None:

@@ -18,8 +18,8 @@ import torch
 from . import languages
 from .budget import weight_bytes, weights_in
 from .evaluate import cross_entropy, right_answers
-from .formats import FORMATS
-from .moe import MoELayer, block_inputs
+from .formats import FORMATS, relative_error
+from .moe import MoELayer, block_inputs, route
 from .recipes import Recipe, simulated
 
 
@@ -68,7 +68,7 @@ class Probe:
         ]
         token_ids = tokenizer(self._pages, return_tensors="pt")["input_ids"]
         self.duties = [
-            [_duty_of(layer, inputs, expert) for expert in range(len(layer.experts))]
+            _duties(layer, inputs)
             for layer, inputs in zip(self._layers(), block_inputs(model, token_ids), strict=True)
         ]
         self.undisturbed = self._measure(bits_per_weight=8.0 * model.dtype.itemsize)
@@ -86,7 +86,10 @@ class Probe:
         right = pd.Series(right_answers(self.model, self.tokenizer, self._examples))
         names = pd.Index([example.language for example in self._examples], name="language")
         errors = [
-            [_change(layer.experts[index], duty) for index, duty in enumerate(duties)]
+            [
+                relative_error(duty.answers, expert(duty.inputs))
+                for expert, duty in zip(layer.experts, duties, strict=True)
+            ]
             for layer, duties in zip(self._layers(), self.duties, strict=True)
         ]
         nats = cross_entropy(self.model, self.tokenizer, self._pages).nats_per_token
@@ -106,14 +109,8 @@ class Probe:
         return [MoELayer.from_transformers(layer.mlp) for layer in self.model.model.layers]
 
 
-def _duty_of(layer: MoELayer, inputs: torch.Tensor, expert: int) -> Duty:
-    _, routing = layer(inputs)
-    own = inputs[(routing.chosen == expert).any(dim=1)]
-    return Duty(own, layer.experts[expert](own))
-
-
-def _change(expert: torch.nn.Module, duty: Duty) -> float:
-    """The length of the change of an expert's answers over their length; 0 without tokens."""
-    if not len(duty.inputs):
-        return 0.0
-    return ((expert(duty.inputs) - duty.answers).norm() / duty.answers.norm()).item()
+def _duties(layer: MoELayer, inputs: torch.Tensor) -> list[Duty]:
+    """The duty of each expert of a layer that is given `inputs` (tokens, hidden)."""
+    chosen = route(layer.router(inputs), layer.top_k).chosen
+    own = [inputs[(chosen == index).any(dim=1)] for index in range(len(layer.experts))]
+    return [Duty(x, expert(x)) for x, expert in zip(own, layer.experts, strict=True)]

@@ -180,11 +180,8 @@ class PowersOfTwo:
 
     @cached_property
     def units(self) -> torch.Tensor:
-        return torch.ldexp(torch.ones_like(self.exponents, dtype=torch.float32), self._powers)
-
-    @property
-    def _powers(self) -> torch.Tensor:
-        return self.exponents.int() - 127
+        ones = torch.ones_like(self.exponents, dtype=torch.float32)
+        return torch.ldexp(ones, self.exponents.int() - 127)
 
     @property
     def stored_bytes(self) -> int:
@@ -223,13 +220,14 @@ class Float8Scales:
 
 @dataclass(frozen=True)
 class Microscaled:
-    """A format's own block size and kind of scale."""
+    """A format's own block size and kind of scale: a byte a block, and bytes for the whole."""
 
     block_size: int
     scales: type[PowersOfTwo] | type[Float8Scales]
+    whole_bytes: int
 
 
-MICROSCALED = {"mxfp4": Microscaled(32, PowersOfTwo), "nvfp4": Microscaled(16, Float8Scales)}
+MICROSCALED = {"mxfp4": Microscaled(32, PowersOfTwo, 0), "nvfp4": Microscaled(16, Float8Scales, 4)}
 
 
 # -------------------------------------------------------------------------- quantizing, and back
@@ -237,9 +235,10 @@ MICROSCALED = {"mxfp4": Microscaled(32, PowersOfTwo), "nvfp4": Microscaled(16, F
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A weight in a format: packed codes, the blocks' scales, and what is needed to go back.
+    """A weight in a format: its codes, the blocks' scales, and what is needed to go back.
 
-    `packed` holds the codes as bytes without gaps, the first code in the highest bits; `block_size`
+    `codes` holds a byte for each weight (uint8), to compute with; `packed` is how they are stored,
+    without gaps, the first code in the highest bits, and what `stored_bytes` counts. `block_size`
     is the number of weights that share a scale. `minima` is there only if the levels are counted
     from each block's minimum instead of from zero.
 
@@ -248,10 +247,9 @@ class Quantized:
     """
 
     format: str
-    shape: torch.Size
+    codes: torch.Tensor
     dtype: torch.dtype
     block_size: int
-    packed: torch.Tensor
     scales: Maxima | NestedMaxima | PowersOfTwo | Float8Scales
     minima: torch.Tensor | None = None
 
@@ -261,14 +259,19 @@ class Quantized:
         return codebook if self.minima is None else unsigned(codebook.bits)
 
     @property
-    def codes(self) -> torch.Tensor:
-        """The code of each weight, uint8, in the weight's shape."""
-        return unpack(self.packed, self.codebook.bits, self.shape.numel()).view(self.shape)
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """The codes as they are stored, uint8 (bytes,)."""
+        return pack(self.codes.flatten(), self.codebook)
 
     @property
     def stored_bytes(self) -> int:
+        codes_bytes = math.ceil(self.shape.numel() * self.codebook.bits / 8)
         minima_bytes = 0 if self.minima is None else 4 * self.minima.numel()
-        return self.packed.numel() + self.scales.stored_bytes + minima_bytes
+        return codes_bytes + self.scales.stored_bytes + minima_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -276,7 +279,7 @@ class Quantized:
 
     def dequantize(self) -> torch.Tensor:
         """The weight as codes and scales give it, in its old shape and dtype."""
-        values = self.codebook.values.to(self.packed.device)[self.codes.flatten().int()]
+        values = self.codebook.values.to(self.codes.device)[self.codes.flatten().int()]
         blocks = _padded(values, self.block_size) * self.scales.units[:, None]
         if self.minima is not None:
             blocks = blocks + self.minima[:, None]
@@ -320,9 +323,8 @@ def quantize(
     maxima = _padded(flat, size).abs().amax(dim=1)
     scaled = _scaled(flat, maxima, size, codebook.peak)
     scales = (NestedMaxima.of if double_quant else Maxima)(maxima, codebook.peak)
-    return Quantized(
-        format, weight.shape, weight.dtype, size, pack(codebook.nearest(scaled), codebook), scales
-    )
+    codes = codebook.nearest(scaled).view(weight.shape)
+    return Quantized(format, codes, weight.dtype, size, scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -411,8 +413,8 @@ def _quantize_microscaled(
     blocks = _padded(flat, own.block_size)
     scales = own.scales.of(blocks.abs().amax(dim=1), codebook.peak)
     scaled = (blocks / scales.units[:, None]).nan_to_num(0).flatten()[: weight.numel()]
-    packed = pack(codebook.nearest(scaled), codebook)
-    return Quantized(format, weight.shape, weight.dtype, own.block_size, packed, scales)
+    codes = codebook.nearest(scaled).view(weight.shape)
+    return Quantized(format, codes, weight.dtype, own.block_size, scales)
 
 
 def _quantize_asymmetric(
@@ -425,8 +427,8 @@ def _quantize_asymmetric(
     scales = Maxima((blocks.amax(dim=1) - minima).clamp(max=_LARGEST), codebook.peak)
     from_minimum = (blocks - minima[:, None]) / scales.units[:, None]
     scaled = from_minimum.nan_to_num(0).flatten()[: flat.numel()]
-    packed = pack(codebook.nearest(scaled), codebook)
-    return Quantized(format, weight.shape, weight.dtype, size, packed, scales, minima)
+    codes = codebook.nearest(scaled).view(weight.shape)
+    return Quantized(format, codes, weight.dtype, size, scales, minima)
 
 
 def _padded(flat: torch.Tensor, size: int) -> torch.Tensor:
@@ -498,16 +500,6 @@ def pack(codes: torch.Tensor, codebook: Codebook) -> torch.Tensor:
     return torch.stack(in_bytes, dim=1).flatten()[:used_bytes].to(torch.uint8)
 
 
-def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The first `count` codes of `bits` bits each: the inverse of `pack`."""
-    words = _padded(packed, bits).long()
-    word = torch.zeros_like(words[:, 0])
-    for byte in words.unbind(dim=1):
-        word = word << 8 | byte
-    codes = [word >> bits * (7 - index) & (2**bits - 1) for index in range(8)]
-    return torch.stack(codes, dim=1).flatten()[:count].to(torch.uint8)
-
-
 # ------------------------------------------------------------------------------ bytes in a model
 
 
@@ -534,8 +526,8 @@ def stored_bytes(
     if stored.scaled == "row":
         return weight_bytes + 4 * rows
     if stored.scaled == "own":
-        whole_bytes = 4 if name == "nvfp4" else 0
-        return weight_bytes + math.ceil(weights / MICROSCALED[name].block_size) + whole_bytes
+        own = MICROSCALED[name]
+        return weight_bytes + math.ceil(weights / own.block_size) + own.whole_bytes
     if stored.scaled == "block":
         blocks = math.ceil(weights / check_block_size(block_size))
         codebook_bytes = 4 * 2**stored.weight_bits if isinstance(stored.codebook, Table) else 0

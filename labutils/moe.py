@@ -119,7 +119,11 @@ class SwiGLU(nn.Module):
         self.down_proj = _linear(ffn, hidden, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.middle(x))
+
+    def middle(self, x: Tensor) -> Tensor:
+        """What `down_proj` is given, (tokens, ffn)."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
 
 
 class MoELayer(nn.Module):

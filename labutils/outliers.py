@@ -73,7 +73,7 @@ def int8_product(x: torch.Tensor, weight: Quantized, threshold: float = THRESHOL
 
 def _whole(quantized: Quantized) -> torch.Tensor:
     """The codes as whole numbers, in float64, where sums of their products are exact."""
-    values = CODEBOOKS["int8"].values.to(quantized.packed.device)
+    values = CODEBOOKS["int8"].values.to(quantized.codes.device)
     return values[quantized.codes.long()].double()
 
 
