@@ -12,12 +12,14 @@ own the same held-out examples and pages are used each time, so that two models 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from labutils import languages
 
@@ -131,7 +133,12 @@ def _padded(rows: Sequence[list[int]]) -> torch.Tensor:
 
 
 def kl(reference_logits: torch.Tensor, logits: torch.Tensor) -> float:
-    """How far the next-token distributions moved: the mean of sum p log(p / q), in nats per token.
+    """How far the next-token distributions moved: the mean of `kl_by_token`, in nats."""
+    return kl_by_token(reference_logits, logits).mean().item()
+
+
+def kl_by_token(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """How far each next-token distribution moved: the sum of p log(p / q), in nats, (...).
 
     Both (..., vocabulary), from the same tokens; `reference_logits` gives p. It is 0 where
     nothing changed and never negative (Kullback and Leibler 1951). From probabilities (1/2, 1/2)
@@ -146,4 +153,132 @@ def kl(reference_logits: torch.Tensor, logits: torch.Tensor) -> float:
         )
     reference = reference_logits.float().log_softmax(-1)
     changed = logits.float().log_softmax(-1)
-    return F.kl_div(changed, reference, reduction="none", log_target=True).sum(-1).mean().item()
+    return F.kl_div(changed, reference, reduction="none", log_target=True).sum(-1)
+
+
+def nats_by_token(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """The surprise at each token but the first, (pages, tokens - 1), in nats.
+
+    `logits` (pages, tokens, vocabulary) is what a model answered to `token_ids` (pages, tokens),
+    pages without padding. Their mean is the cross-entropy.
+    """
+    answers = logits[:, :-1].float().transpose(1, 2)
+    return F.cross_entropy(answers, token_ids[:, 1:], reduction="none")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where an answer stands: its tokens, newline included, are first to last on its page."""
+
+    language: str
+    page: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """Pages to be read in one pass, and what on them can be scored.
+
+    `token_ids` (pages, tokens); `languages` (pages, tokens) is the language of the line that each
+    token is in, empty in the line that the page cuts off; `answers` are those of all whole lines.
+    """
+
+    token_ids: torch.Tensor
+    languages: np.ndarray
+    answers: tuple[Answer, ...]
+
+    def right(self, logits: torch.Tensor) -> np.ndarray:
+        """Whether each answer is the likeliest, token by token, given all that stands before it.
+
+        `logits` (pages, tokens, vocabulary) is what a model answered to `token_ids`.
+        """
+        wrong = logits[:, :-1].argmax(dim=-1) != self.token_ids[:, 1:]
+        before = F.pad(wrong.cumsum(dim=-1), (1, 0))  # wrong tokens among the first so many
+        page, first, last = torch.tensor([(a.page, a.first, a.last) for a in self.answers]).T
+        return (before[page, last] == before[page, first - 1]).numpy()
+
+    def by_page(self, right: np.ndarray) -> np.ndarray:
+        """How many of the answers of each page are right, (pages)."""
+        pages = [answer.page for answer in self.answers]
+        return np.bincount(pages, weights=right, minlength=len(self.token_ids))
+
+
+def exam(tokenizer, pages: Sequence[str]) -> Exam:
+    """An exam on `pages` of `labutils.languages`, all of the same number of tokens.
+
+    Any tokenizer does that says where its tokens stand in the text.
+
+    Raises ValueError if the pages differ in length.
+    """
+    read = tokenizer(list(pages), return_offsets_mapping=True)
+    lengths = {len(ids) for ids in read["input_ids"]}
+    if len(lengths) != 1:
+        raise ValueError(f"The pages have {sorted(lengths)} tokens; an exam needs equal ones.")
+    names = np.full((len(pages), lengths.pop()), "", dtype=object)
+    answers = []
+    for page, (text, offsets) in enumerate(zip(pages, read["offset_mapping"], strict=True)):
+        ends = np.array([stop for _, stop in offsets])
+        begins = np.array([start for start, _ in offsets])
+        for passage in languages.passages(text):
+            names[page, (begins >= passage.start) & (begins < passage.stop)] = passage.language
+            inside = np.flatnonzero((ends > passage.answer) & (begins < passage.stop))
+            answers.append(Answer(passage.language, page, int(inside[0]), int(inside[-1])))
+    return Exam(torch.tensor(read["input_ids"]), names, tuple(answers))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the 95% interval around it.
+
+    >>> print(Interval(0.25, 0.2, 0.3))
+    0.25 [0.2, 0.3]
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def __str__(self):
+        return format(self, "")
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray], *samples, generator: torch.Generator | None = None
+) -> Interval:
+    """A statistic of means over pages, with its interval: how other pages might have come out.
+
+    Each of `samples` has a row a page, (pages, ...), of the same pages, and is averaged to one
+    number a page. `statistic` takes the means of all pages, one argument a sample, and must work on
+    arrays of them: `lambda flips: flips`, `lambda before, after: after - before`, `lambda part,
+    whole: part / whole`.
+
+    Whole pages are drawn, 2000 times, with replacement, since the tokens of a page have much in
+    common and are no independent witnesses; a page keeps its place in all samples, so a difference
+    is one of pairs. The interval holds the middle 95% of the draws (Efron 1979, the percentile
+    method). Fewer than ten pages make it too narrow.
+
+    Raises ValueError unless all samples have the same number of pages, at least 2.
+    """
+    rows = [np.asarray(torch.as_tensor(sample).double()) for sample in samples]
+    counts = {len(row) for row in rows}
+    if len(counts) != 1 or min(counts) < 2:
+        raise ValueError(
+            f"The samples have {sorted(counts)} pages: give the same pages to all, at least 2."
+        )
+    rows = [row.reshape(len(row), -1).mean(axis=1) for row in rows]
+    generator = generator or torch.Generator().manual_seed(0)
+    found = stats.bootstrap(
+        rows,
+        lambda *drawn, axis: statistic(*(sample.mean(axis=axis) for sample in drawn)),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=2000,
+        rng=np.random.default_rng(int(torch.randint(2**62, (), generator=generator))),
+    ).confidence_interval
+    estimate = statistic(*(row.mean() for row in rows))
+    return Interval(float(estimate), float(found.low), float(found.high))

@@ -97,6 +97,19 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """Where a whole line stands on a page: its first character, its answer's, and its end's.
+
+    `page[start:answer]` is the prompt, `page[answer:stop]` the answer with its newline.
+    """
+
+    language: str
+    start: int
+    answer: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Score:
     """How many of the examples of one language were answered exactly right."""
 
@@ -175,6 +188,22 @@ def pages(
             page += next(source)
         drawn.append(page[:PAGE_CHARACTERS])
     return drawn
+
+
+def passages(page: str) -> list[Passage]:
+    """The whole lines of a page; the one that is cut at its end is left out.
+
+    >>> passages("sum 1+2 > 3\nsort 21 > 12\nsum 4")[1]
+    Passage(language='sort', start=12, answer=22, stop=25)
+    """
+    found, start = [], 0
+    for line in page.splitlines(keepends=True):
+        stop = start + len(line)
+        if line.endswith("\n"):
+            answer = start + line.index(" > ") + len(" > ")
+            found.append(Passage(line.split(" ", 1)[0], start, answer, stop))
+        start = stop
+    return found
 
 
 def greedy_answers(model, tokenizer, examples: list[Example]) -> list[str]:

@@ -179,11 +179,12 @@ def simulated(model: torch.nn.Module, recipe: Recipe) -> Iterator[None]:
         for name, weights in held.items():
             parameter = model.get_parameter(name)
             formats = [recipe.format_of(weight.part) for weight in weights]
-            if len(weights[0].shape) == 2 and any(formats):
+            if len(weights[0].shape) == 2 and any(_rounds(parameter, each) for each in formats):
                 originals[name] = parameter.detach().clone()
                 pieces = parameter.detach().view(len(weights), *weights[0].shape)
                 for piece, format in zip(pieces, formats, strict=True):
-                    piece.copy_(_rounded(piece, format, recipe))
+                    if _rounds(parameter, format):
+                        piece.copy_(_rounded(piece, format, recipe))
         yield
     finally:
         for name, original in originals.items():
@@ -197,6 +198,10 @@ def _check_unquantized(model: torch.nn.Module) -> None:
                 f"{name} is stored as {parameter.dtype}: the model is quantized already. To "
                 "simulate other formats load it in 16 bits."
             )
+
+
+def _rounds(parameter: torch.Tensor, format: str | None) -> bool:
+    return format is not None and FORMATS[format].dtype != parameter.dtype
 
 
 def _rounded(weight: torch.Tensor, format: str, recipe: Recipe) -> torch.Tensor:

@@ -1,0 +1,353 @@
+"""When a token changes its expert: routings recorded, compared, predicted, and replayed.
+
+A router decides. Its logits move smoothly with whatever is disturbed, but the set of the `top_k`
+largest does not: it stays as it is until two logits change places, and then a token *flips* to
+another expert. How far it is from there is the *margin*, the gap between the smallest logit that is
+chosen and the largest that is not.
+
+With independent Gaussian noise of standard deviation s on each logit, two of them, a margin m
+apart, change places with probability Phi(-m / (sqrt(2) s)), since the noise of a difference is
+sqrt(2) times as large. With more experts there are more ways to flip; `flip_probability` has them
+all.
+
+A model is looked at through hooks on its routers. `record` keeps what they said, `replay` runs the
+same text again with recorded decisions in their place, and `intercepted` is what both are made of.
+It works for every model of transformers whose MoE blocks have a `gate` that returns (logits,
+weights, chosen) beside their `experts`: Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V2; stored in 16 bits
+or in 4.
+
+Replaying separates two things that quantization does: it changes what experts answer, and it
+changes which experts are asked (Chen et al. 2025, arXiv:2508.01625, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .moe import Routing
+
+
+@dataclass(frozen=True, eq=False)
+class Flips:
+    """What became of each token's experts, between a reference and another routing of it.
+
+    Order is of size: the first expert is the one with the largest weight. All rates are shares of
+    the tokens, between 0 and 1.
+    """
+
+    reference: Routing
+    other: Routing
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """How many of a token's experts are still chosen, (tokens), 0 to top_k."""
+        return (_members(self.reference) & _members(self.other)).sum(dim=-1)
+
+    @property
+    def set_changed(self) -> Tensor:
+        """Whether a token has another set of experts, (tokens)."""
+        return self.kept < self.reference.chosen.shape[1]
+
+    @property
+    def top1_changed(self) -> Tensor:
+        """Whether a token has another first expert, (tokens); also where only the order changed."""
+        return self.reference.chosen[:, 0] != self.other.chosen[:, 0]
+
+    @property
+    def order_changed(self) -> Tensor:
+        """Whether a token has the same experts in another order, (tokens)."""
+        differs = (self.reference.chosen != self.other.chosen).any(dim=-1)
+        return differs & ~self.set_changed
+
+    @property
+    def flip_rate(self) -> float:
+        """The share of tokens whose set of experts changed."""
+        return _share(self.set_changed)
+
+    @property
+    def top1_flip_rate(self) -> float:
+        return _share(self.top1_changed)
+
+    @property
+    def order_flip_rate(self) -> float:
+        """The share of tokens whose experts are the same in another order: no flip of the set."""
+        return _share(self.order_changed)
+
+    @property
+    def overlap(self) -> float:
+        """The share of the choices that stayed: 1 where every token kept its set."""
+        return self.kept.double().mean().item() / self.reference.chosen.shape[1]
+
+    @cached_property
+    def kl_by_token(self) -> Tensor:
+        """KL divergence of the router's probabilities from the reference's, (tokens), in nats."""
+        before, after = (
+            routing.logits.double().log_softmax(dim=-1) for routing in (self.reference, self.other)
+        )
+        p = before.exp()
+        return torch.where(p > 0, p * (before - after), 0).sum(dim=-1)
+
+    @property
+    def kl(self) -> float:
+        return self.kl_by_token.mean().item()
+
+    @property
+    def moves(self) -> Tensor:
+        """How many choices went from one expert (row) to another (column), (experts, experts).
+
+        The diagonal holds those that stayed. Where a token lost several experts, the largest lost
+        one goes to the largest new one.
+        """
+        before, after = _members(self.reference), _members(self.other)
+        lost = self.reference.chosen[~after.gather(1, self.reference.chosen)]
+        gained = self.other.chosen[~before.gather(1, self.other.chosen)]
+        experts = self.reference.experts
+        moved = torch.bincount(lost * experts + gained, minlength=experts**2)
+        return moved.view(experts, experts) + (before & after).sum(dim=0).diag()
+
+
+def compare(reference: Routing, other: Routing) -> Flips:
+    """How `other` routes the tokens that `reference` routed.
+
+    >>> before = route(torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), top_k=2)
+    >>> after = route(torch.tensor([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [3.0, 1.0, 2.0]]), top_k=2)
+    >>> flips = compare(before, after)
+    >>> flips.set_changed.tolist(), flips.order_changed.tolist(), flips.top1_changed.tolist()
+    ([False, False, True], [False, True, False], [False, True, False])
+
+    Raises ValueError unless both route the same number of tokens, at least one, to the same number
+    of the same experts.
+    """
+    shapes = [
+        (len(routing.chosen), routing.experts, routing.chosen.shape[1])
+        for routing in (reference, other)
+    ]
+    if shapes[0] != shapes[1] or shapes[0][0] == 0:
+        described = ["{} tokens to {} experts, {} each".format(*shape) for shape in shapes]
+        raise ValueError(
+            f"The reference routes {described[0]}, the other {described[1]}: "
+            "record both on the same tokens, at least one, of the same model."
+        )
+    return Flips(reference, other)
+
+
+def margins(routing: Routing) -> Tensor:
+    """How far each token is from another set of experts, (tokens), in units of the logits.
+
+    The smallest chosen logit minus the largest that was not chosen: 0 at a tie, infinite where all
+    experts are chosen.
+    """
+    chosen = _members(routing)
+    inside = routing.logits.masked_fill(~chosen, torch.inf).amin(dim=-1)
+    outside = routing.logits.masked_fill(chosen, -torch.inf).amax(dim=-1)
+    return inside - outside
+
+
+def flip_probability(routing: Routing, noise: float) -> Tensor:
+    """How probably noise on the logits changes a token's set of experts, (tokens), in float64.
+
+    The noise is Gaussian, of standard deviation `noise`, independent for each logit and of the
+    logits. The set stays if the largest noisy logit outside it, of density f, is below all inside:
+    the integral of f(t) times the product of Phi((logit - t) / noise) over the chosen, taken here
+    at 193 points. With two experts it is Phi(-margin / (sqrt(2) noise)):
+
+    >>> flip_probability(route(torch.tensor([[1.0, 0.0]]), top_k=1), noise=1.0).item()
+    0.2397500610934767
+
+    Raises ValueError for a negative noise.
+    """
+    if noise < 0:
+        raise ValueError(f"noise={noise}: a standard deviation is 0 or larger.")
+    if noise == 0 or routing.chosen.shape[1] == routing.experts:
+        return torch.zeros(len(routing.chosen), dtype=torch.float64)
+    chosen = _members(routing)
+    scaled = routing.logits.double() / noise
+    largest = scaled.masked_fill(chosen, -torch.inf).amax(dim=-1)
+    steps = torch.linspace(-12, 12, 193, dtype=torch.float64, device=scaled.device)
+    distance = (largest[:, None] + steps)[..., None] - scaled[:, None]
+    outside, inside = (~chosen)[:, None], chosen[:, None]
+    below = torch.special.log_ndtr(distance).masked_fill(~outside, 0)
+    above = torch.special.log_ndtr(-distance).masked_fill(~inside, 0)
+    hazard = (-(distance**2) / 2 - below).exp() / (2 * torch.pi) ** 0.5
+    density = hazard.masked_fill(~outside, 0).sum(dim=-1) * below.sum(dim=-1).exp()
+    stays = torch.trapezoid(density * above.sum(dim=-1).exp(), steps, dim=-1)
+    return (1 - stays).clamp(0, 1)
+
+
+def reroute(routing: Routing, logits: Tensor) -> Routing:
+    """What the same router would have decided with other `logits` (tokens, experts).
+
+    Its rule is read from what it did: the weights of the `top_k` most probable experts are their
+    probabilities, divided by their sum (Mixtral, Qwen3-MoE) or as they are (OLMoE).
+
+    Raises ValueError for a router that weighs its experts in another way.
+    """
+    expected = routing.probabilities.gather(1, routing.chosen)
+    totals = expected.sum(dim=-1, keepdim=True)
+    rules = {"divided": expected / totals, "as they are": expected}
+    seen = routing.weights.float()
+    rule = next((name for name, w in rules.items() if torch.allclose(seen, w, atol=1e-2)), None)
+    if rule is None:
+        raise ValueError(
+            "The router's weights are neither the probabilities of the chosen experts nor those "
+            "divided by their sum: how it would weigh others is not known here."
+        )
+    weights, chosen = logits.float().softmax(dim=-1).topk(routing.chosen.shape[1], dim=-1)
+    if rule == "divided":
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return Routing(logits, weights.to(routing.weights.dtype), chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One reading of a text: what was read, what the routers said, and what the model answered.
+
+    `token_ids` (pages, tokens), `routings` one for each MoE layer with the pages one after the
+    other, (pages x tokens), and `logits` (pages, tokens, vocabulary). All of it on the CPU.
+    """
+
+    token_ids: Tensor
+    routings: tuple[Routing, ...]
+    logits: Tensor
+
+
+def record(model: nn.Module, token_ids: Tensor) -> Recording:
+    """Read `token_ids` (pages, tokens), all in one pass, and keep what each router said.
+
+    >>> record(model, token_ids).routings[0].chosen.shape  # 8 pages of 256 tokens, 2 of 8 experts
+    torch.Size([2048, 2])
+
+    Raises ValueError for a model without routers that are known here; see the module.
+    """
+    said: list[Routing] = []
+
+    def keep(_layer: int, routing: Routing) -> Routing:
+        said.append(routing)
+        return routing
+
+    with intercepted(model, keep):
+        logits = _answer(model, token_ids)
+    return Recording(token_ids.cpu(), tuple(_on(routing, "cpu") for routing in said), logits)
+
+
+def replay(model: nn.Module, recording: Recording) -> Recording:
+    """Read the recorded text again, with the recorded experts and weights in every layer.
+
+    The routers are still asked: the new recording's `routings` are what they would have decided,
+    given all that came before, and its `logits` what the model made of the old decisions. Replaying
+    what the model itself decided gives exactly its own logits.
+
+    Raises ValueError if the recording is of a model with another number of MoE layers or experts.
+    """
+    _check_fits(model, recording)
+    said: list[Routing] = []
+
+    def instead(layer: int, routing: Routing) -> Routing:
+        said.append(routing)
+        recorded = _on(recording.routings[layer], routing.logits.device)
+        weights = recorded.weights.to(routing.weights.dtype)
+        return Routing(recorded.logits, weights, recorded.chosen)
+
+    with intercepted(model, instead):
+        logits = _answer(model, recording.token_ids)
+    return Recording(recording.token_ids, tuple(_on(routing, "cpu") for routing in said), logits)
+
+
+@contextmanager
+def intercepted(model: nn.Module, intercept: Callable[[int, Routing], Routing]) -> Iterator[None]:
+    """Inside, `intercept(layer, routing)` has the last word on what each router decides.
+
+    `layer` counts the MoE layers from 0. What it returns is used by the experts; returned as it
+    came, nothing changes. No hook stays behind, after an error either.
+
+    Example: the least probable experts instead of the most probable ones.
+
+        with intercepted(model, lambda layer, routing: reroute(routing, -routing.logits)):
+            model(token_ids)
+    """
+
+    def hook_of(layer: int):
+        def hook(router: nn.Module, _given, answer):
+            routing = _routing_of(router, answer)
+            decided = intercept(layer, routing)
+            if decided is not routing:
+                return decided.logits, decided.weights, decided.chosen
+
+        return hook
+
+    blocks = moe_blocks(model)
+    handles = []
+    try:
+        for layer, block in enumerate(blocks):
+            handles.append(block.gate.register_forward_hook(hook_of(layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def moe_blocks(model: nn.Module) -> list[nn.Module]:
+    """The MoE block of each layer that has one: the modules with a `gate` beside their `experts`.
+
+    Raises ValueError if there is none.
+    """
+    found = [
+        module
+        for module in model.modules()
+        if {"gate", "experts"} <= {name for name, _ in module.named_children()}
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no block with a `gate` beside its `experts`; routings can "
+            "be recorded of Mixtral, OLMoE, Qwen3-MoE and DeepSeek-V2 models of transformers 5."
+        )
+    return found
+
+
+def _routing_of(router: nn.Module, answer) -> Routing:
+    """A router's answer as a record, the largest weight first."""
+    if not isinstance(answer, tuple) or len(answer) != 3:
+        raise ValueError(
+            f"{type(router).__name__} does not return (logits, weights, chosen) as the routers of "
+            "Mixtral, OLMoE and Qwen3-MoE do; its routing cannot be recorded."
+        )
+    logits, weights, chosen = answer
+    if (weights.diff(dim=-1) > 0).any():
+        weights, order = weights.sort(dim=-1, descending=True, stable=True)
+        chosen = chosen.gather(1, order)
+    return Routing(logits, weights, chosen)
+
+
+def _check_fits(model: nn.Module, recording: Recording) -> None:
+    here = [block.gate.weight.shape[0] for block in moe_blocks(model)]
+    there = [routing.experts for routing in recording.routings]
+    if here != there:
+        raise ValueError(
+            f"The recording has {len(there)} MoE layers with {there} experts, this model "
+            f"{len(here)} with {here}: replay what the same architecture decided."
+        )
+
+
+@torch.no_grad()
+def _answer(model: nn.Module, token_ids: Tensor) -> Tensor:
+    return model(input_ids=token_ids.to(model.device), use_cache=False).logits.cpu()
+
+
+def _on(routing: Routing, device) -> Routing:
+    return Routing(routing.logits.to(device), routing.weights.to(device), routing.chosen.to(device))
+
+
+def _members(routing: Routing) -> Tensor:
+    """Which experts a token is sent to, (tokens, experts), as booleans."""
+    nowhere = torch.zeros_like(routing.logits, dtype=torch.bool)
+    return nowhere.scatter(1, routing.chosen, True)
+
+
+def _share(which: Tensor) -> float:
+    return which.double().mean().item()

@@ -1,0 +1,279 @@
+"""One part of a model disturbed, and what becomes of it: its flips, and beside them the damage.
+
+A `Shaker` holds a model, an exam, and what the undisturbed model makes of it. Asked to `shake`, it
+disturbs one part, reads the exam once, and puts everything back. Disturbances are of two kinds:
+
+- `noise`, relative: Gaussian, with `noise` times the root mean square of what it is added to. So
+  parts of different size and scale are disturbed alike. It is drawn once for each place and then
+  scaled, so that more of it is the same, and more.
+- `bits`: weights rounded to integers of so many bits, *simulated*, in blocks of 64.
+
+They are put on
+
+- `router`, `experts`, `attention`: weights;
+- `router logits`: what the routers say, after their weights;
+- `hidden states`: what each MoE block is given, router and experts alike;
+- `as many expert weights`: the control. In each layer as many weights as its router has, drawn at
+  random among those of its experts.
+"""
+
+import statistics
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from . import languages
+from .anatomy import part_of
+from .evaluate import Exam, exam, kl_by_token, nats_by_token
+from .flips import Flips, Recording, compare, intercepted, moe_blocks, record, reroute
+from .formats import FORMATS
+from .moe import Routing
+from .recipes import Recipe, simulated
+
+WEIGHTS = ("router", "experts", "attention")
+CONTROL = "as many expert weights"
+WHAT = (*WEIGHTS, "router logits", "hidden states", CONTROL)
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What is disturbed, and how much: relative `noise`, or weights rounded to `bits`.
+
+    `layer` and `expert` say where; None is everywhere.
+
+    >>> print(Disturbance("experts", bits=3, layer=2, expert=5))
+    expert 5 of layer 2 in 3 bits
+
+    Raises ValueError for what cannot be disturbed that way.
+    """
+
+    what: str
+    noise: float = 0.0
+    bits: int | None = None
+    layer: int | None = None
+    expert: int | None = None
+
+    def __post_init__(self):
+        if self.what not in WHAT:
+            raise ValueError(f"{self.what!r} cannot be disturbed; {', '.join(WHAT)} can.")
+        if self.noise < 0:
+            raise ValueError(f"noise={self.noise}: relative noise is 0 or larger.")
+        if self.expert is not None and self.what != "experts":
+            raise ValueError(f"expert={self.expert} says which of the experts, not of {self.what}.")
+        if self.bits is not None and (self.noise or self.what not in WEIGHTS):
+            raise ValueError("Only weights are rounded, and rounded weights get no noise.")
+        if self.bits is not None and f"int{self.bits}" not in FORMATS:
+            raise ValueError(f"bits={self.bits}: weights are rounded to 2 to 8 bits.")
+
+    def recipe(self, dtype: torch.dtype = torch.float32) -> Recipe:
+        """What rounds the weights in this way, and leaves all else in `dtype`."""
+        kept = next(name for name, format in FORMATS.items() if format.dtype == dtype)
+        layer = "*" if self.layer is None else self.layer
+        path = f"layers.{layer}.{self.what}" + ("" if self.expert is None else f".{self.expert}")
+        return Recipe(
+            **dict.fromkeys(Recipe().components, kept), overrides={path: f"int{self.bits}"}
+        )
+
+    def __str__(self):
+        what = self.what if self.expert is None else f"expert {self.expert}"
+        place = what if self.layer is None else f"{what} of layer {self.layer}"
+        return f"{place} in {self.bits} bits" if self.bits else f"{self.noise:.0%} noise on {place}"
+
+
+@dataclass(frozen=True, eq=False)
+class Shaken:
+    """What a model did on an exam while it was disturbed, beside what it does undisturbed.
+
+    `flips` has one record a layer; `kl` and `reference_nats`, `nats` are by token, (pages, tokens)
+    and (pages, tokens - 1), in nats; `right` and `reference_right` say which answers are right.
+    """
+
+    disturbance: Disturbance
+    exam: Exam
+    flips: tuple[Flips, ...]
+    kl: Tensor
+    nats: Tensor
+    reference_nats: Tensor
+    right: np.ndarray
+    reference_right: np.ndarray
+
+    @cached_property
+    def set_changed(self) -> Tensor:
+        """Whether each token flipped, (pages, layers, tokens)."""
+        pages, tokens = self.exam.token_ids.shape
+        changed = [flips.set_changed.view(pages, tokens) for flips in self.flips]
+        return torch.stack(changed, dim=1)
+
+    @property
+    def flip_rate(self) -> float:
+        """The share of tokens whose set of experts changed, over all layers."""
+        return self.set_changed.double().mean().item()
+
+    @property
+    def loss_rise(self) -> float:
+        """How much the cross-entropy rose, in nats per token."""
+        return (self.nats - self.reference_nats).mean().item()
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+    @property
+    def flips_by_language(self) -> pd.DataFrame:
+        """Flip rates of sets by layer (rows) and the language of a token (columns)."""
+        names = self.exam.languages.ravel()
+        columns = {
+            language: [
+                flips.set_changed[torch.from_numpy(names == language)].double().mean().item()
+                for flips in self.flips
+            ]
+            for language in languages.LANGUAGES
+        }
+        return pd.DataFrame(columns).rename_axis(index="layer", columns="language")
+
+
+class Shaker:
+    """A model to be disturbed, and an exam of `pages` held-out pages of 256 tokens.
+
+    `model` is a Mixtral, OLMoE or Qwen3-MoE of transformers. Weights can be disturbed where they
+    are kept in 16 or 32 bits; router logits and hidden states also in a model stored in 4. The
+    pages are always the same, the noise is drawn from `generator`.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer, pages: int = 8, generator: torch.Generator | None = None
+    ):
+        drawn = languages.pages(pages, torch.Generator().manual_seed(0), held_out=True)
+        self.model, self.exam = model, exam(tokenizer, drawn)
+        self.reference: Recording = record(model, self.exam.token_ids)
+        self._nats = nats_by_token(self.reference.logits, self.exam.token_ids)
+        self._right = self.exam.right(self.reference.logits)
+        generator = generator or torch.Generator().manual_seed(0)
+        self._seed = int(torch.randint(2**31, (), generator=generator))
+        self._drawn: dict[str, Tensor] = {}
+
+    def shake(self, disturbance: Disturbance) -> Shaken:
+        """What the model does under `disturbance`; afterwards it is what it was, to the last bit.
+
+        Raises ValueError for a layer or an expert that the model has not.
+        """
+        with self.disturbed(disturbance):
+            seen = record(self.model, self.exam.token_ids)
+        return self.judged(disturbance, seen)
+
+    def judged(self, disturbance: Disturbance, seen: Recording) -> Shaken:
+        """What `seen`, a reading of the exam, differs in from the undisturbed reading."""
+        pairs = zip(self.reference.routings, seen.routings, strict=True)
+        return Shaken(
+            disturbance,
+            self.exam,
+            tuple(compare(before, after) for before, after in pairs),
+            kl_by_token(self.reference.logits, seen.logits),
+            nats_by_token(seen.logits, self.exam.token_ids),
+            self._nats,
+            self.exam.right(seen.logits),
+            self._right,
+        )
+
+    @contextmanager
+    def disturbed(self, disturbance: Disturbance) -> Iterator[None]:
+        """Inside, the model is disturbed; on leaving, after an error too, it is as it was."""
+        self._check_place(disturbance)
+        if disturbance.bits is not None:
+            changes = simulated(self.model, disturbance.recipe(self.model.dtype))
+        elif disturbance.noise == 0:
+            changes = nullcontext()
+        elif disturbance.what == "router logits":
+            changes = intercepted(self.model, self._noisy_logits(disturbance))
+        elif disturbance.what == "hidden states":
+            changes = self._noisy_states(disturbance)
+        else:
+            changes = self._noisy_weights(disturbance)
+        with changes:
+            yield
+
+    def _check_place(self, disturbance: Disturbance) -> None:
+        layers, experts = len(self.reference.routings), self.reference.routings[0].experts
+        for name, index, count in (
+            ("layer", disturbance.layer, layers),
+            ("expert", disturbance.expert, experts),
+        ):
+            if index is not None and not 0 <= index < count:
+                raise ValueError(f"{name}={index}: this model has {name}s 0 to {count - 1}.")
+
+    def _noisy_logits(self, disturbance: Disturbance) -> Callable[[int, Routing], Routing]:
+        def intercept(layer: int, routing: Routing) -> Routing:
+            if disturbance.layer not in (None, layer):
+                return routing
+            logits = routing.logits
+            unit = self._unit(f"router logits {layer}", logits)
+            return reroute(routing, logits + disturbance.noise * logits.std() * unit)
+
+        return intercept
+
+    @contextmanager
+    def _noisy_states(self, disturbance: Disturbance) -> Iterator[None]:
+        def hook_of(layer: int):
+            def hook(_block, given):
+                states, *others = given
+                unit = self._unit(f"hidden states {layer}", states)
+                return (states + disturbance.noise * _size(states, -1) * unit, *others)
+
+            return hook
+
+        with ExitStack() as hooks:
+            for layer, block in enumerate(moe_blocks(self.model)):
+                if disturbance.layer in (None, layer):
+                    hooks.callback(block.register_forward_pre_hook(hook_of(layer)).remove)
+            yield
+
+    @contextmanager
+    def _noisy_weights(self, disturbance: Disturbance) -> Iterator[None]:
+        component = "experts" if disturbance.what == CONTROL else disturbance.what
+        places = [
+            (name, parameter.detach())
+            for name, parameter in self.model.named_parameters()
+            if (part := part_of(name)).component == component
+            and disturbance.layer in (None, part.layer)
+        ]
+        originals = [weight.clone() for _, weight in places]
+        try:
+            for name, weight in places:
+                noise = self._unit(name, weight) * self._share(disturbance, name, weight)
+                weight.add_(noise * _size(weight, (-2, -1)), alpha=disturbance.noise)
+            yield
+        finally:
+            for (_, weight), original in zip(places, originals, strict=True):
+                weight.copy_(original)
+
+    def _share(self, disturbance: Disturbance, name: str, weight: Tensor) -> Tensor | float:
+        """1 where a weight is disturbed and 0 where it is not."""
+        if disturbance.expert is not None:
+            places = torch.zeros(len(weight), 1, 1, dtype=weight.dtype, device=weight.device)
+            places[disturbance.expert] = 1
+            return places
+        if disturbance.what == CONTROL:
+            block = moe_blocks(self.model)[part_of(name).layer]
+            whole = sum(each.numel() for each in block.experts.parameters())
+            limit = statistics.NormalDist().inv_cdf(block.gate.weight.numel() / whole)
+            return (self._unit(f"places in {name}", weight) < limit).to(weight.dtype)
+        return 1.0
+
+    def _unit(self, name: str, like: Tensor) -> Tensor:
+        """Standard normal noise of the shape of `like`, always the same for the same name."""
+        if name not in self._drawn:
+            generator = torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
+            self._drawn[name] = torch.randn(like.shape, generator=generator)
+        return self._drawn[name].to(like)
+
+
+def _size(values: Tensor, dim) -> Tensor:
+    """The root mean square over `dim`, which is kept."""
+    return values.square().mean(dim=dim, keepdim=True).sqrt()
