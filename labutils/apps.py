@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 import torch
 
@@ -34,6 +35,8 @@ from .meter import Meter, Record
 from .moe import MoELayer, Routing, route
 from .outliers import int8_product
 from .rounding_figures import calibration_view
+from .shaker import CONTROL, WEIGHTS, Disturbance, Shaker
+from .shaker_figures import shaken_view
 from .style import Figure, FigureWidget, changeable
 
 _DRAWING = threading.Lock()
@@ -68,8 +71,9 @@ def redraw(shown: FigureWidget, figure: Figure) -> None:
     """Changes the shown figure into `figure`, which has the same traces, in one step.
 
     The reader's zoom stays where `figure` sets no range. Threads may call this at the same time:
-    without taking turns they would lose each other's changes. The template is left as it is, since
-    comparing it costs a quarter of a second.
+    without taking turns they would lose each other's changes. Plotly gets only what differs, since
+    it takes its time over each entry, and never the template: comparing that costs a quarter of a
+    second.
 
     Raises ValueError if the number of traces differs.
     """
@@ -78,10 +82,23 @@ def redraw(shown: FigureWidget, figure: Figure) -> None:
     layout.pop("template", None)
     with _DRAWING, shown.batch_update():
         for old, new in zip(shown.data, figure.data, strict=True):
-            old.update(new.to_plotly_json())
-        shown.layout.update(layout)
+            old.update(_differing(old.to_plotly_json(), new.to_plotly_json()))
+        shown.layout.update(_differing(shown.layout.to_plotly_json(), layout))
         for name, items in lists.items():
             shown.layout[name] = items
+
+
+def _differing(old: Mapping, new: Mapping) -> dict:
+    """The entries of `new` that are not the same in `old`, inside mappings too."""
+    differing = {}
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            if inside := _differing(before, value):
+                differing[name] = inside
+        elif isinstance(value, np.ndarray) or type(value) is not type(before) or value != before:
+            differing[name] = value
+    return differing
 
 
 def _box(controls: list[widgets.Widget], picture: Callable[[], Figure]) -> widgets.VBox:
@@ -210,7 +227,7 @@ def who_goes_where(tokens: Sequence[str], routings: Sequence[Routing]) -> widget
     scaled by the control, in standard deviations of the layer's logits; a layer is noisy by itself,
     as if those before it were not. It starts in layer 0 with the `top_k` of the records.
 
-    Example: `who_goes_where(list("sum"), standin.routings(model, token_ids))`.
+    Example: `who_goes_where(list("sum"), record(model, token_ids).routings)`.
     """
     shape = routings[0].logits.shape
     layer = widgets.IntSlider(0, 0, len(routings) - 1, description="layer", continuous_update=False)
@@ -415,3 +432,94 @@ def calibration(layer: MoELayer, tokens: torch.Tensor, held_out: torch.Tensor) -
         return calibration_view(plain, calibrated)
 
     return _box([method, bits, drawn, damping, expert], picture)
+
+
+# -------------------------------------------------------------------------------------- the shaker
+
+_NOISES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+_ONE_EXPERT = "one expert"
+_SHAKEN = {
+    "router logits": "router logits",
+    "router weights": "router",
+    "all experts": "experts",
+    _ONE_EXPERT: _ONE_EXPERT,
+    "attention": "attention",
+    "hidden states": "hidden states",
+    CONTROL: CONTROL,
+}
+_SHAKING = threading.Lock()
+
+
+def shaker(shaker: Shaker) -> widgets.VBox:
+    """A model under the reader's hand: which part is disturbed, where, and how much.
+
+    At once it shows which tokens flip, and what that costs. Each move reads the exam once; what was
+    seen before comes from a cache. It starts with 20% noise on all router weights. Logits, states
+    and scattered weights cannot be rounded: there the bits are greyed, and a line says so.
+
+    While a disturbance is on, other moves wait, and other cells must leave the model alone.
+
+    Example: `shaker(Shaker(model, tokenizer))`.
+    """
+    routings = shaker.reference.routings
+    layers = ["all", *range(len(routings))]
+    what = widgets.Dropdown(options=_SHAKEN.items(), value="router", description="disturbed")
+    layer = widgets.SelectionSlider(options=layers, description="in layer", continuous_update=False)
+    expert = widgets.IntSlider(
+        0, 0, routings[0].experts - 1, description="expert", continuous_update=False
+    )
+    how = widgets.Dropdown(options=["noise", "bits"], description="by")
+    noise = widgets.SelectionSlider(
+        options=[(f"{value:.0%}", value) for value in _NOISES],
+        value=0.2,
+        description="noise",
+        continuous_update=False,
+    )
+    bits = widgets.IntSlider(3, 2, 8, description="bits", continuous_update=False)
+    shown = widgets.SelectionSlider(
+        options=layers, description="show layer", continuous_update=False
+    )
+    note = widgets.HTML()
+
+    def adapt() -> None:
+        """Greys what has no use here."""
+        expert.disabled = what.value != _ONE_EXPERT
+        how.disabled = what.value not in (*WEIGHTS, _ONE_EXPERT)
+        noise.disabled = how.value == "bits" and not how.disabled
+        bits.disabled = not noise.disabled
+        note.value = _shaker_note(what.label) if how.disabled else ""
+
+    def disturbance() -> Disturbance:
+        return Disturbance(
+            "experts" if what.value == _ONE_EXPERT else what.value,
+            noise=0.0 if noise.disabled else noise.value,
+            bits=None if bits.disabled else bits.value,
+            layer=None if layer.value == "all" else layer.value,
+            expert=None if expert.disabled else expert.value,
+        )
+
+    seen = lru_cache(64)(shaker.shake)
+
+    def picture() -> Figure:
+        adapt()
+        return shaken_view(seen(disturbance()), None if shown.value == "all" else shown.value)
+
+    with _SHAKING:
+        chart, errors = changeable(picture()), ErrorLine()
+
+    def draw(_change) -> None:
+        with _SHAKING, errors.shown():
+            redraw(chart, picture())
+
+    controls = [what, layer, expert, how, noise, bits, shown]
+    for control in controls:
+        control.layout.width = "270px"  # three in a row
+        control.observe(draw, names="value")
+    in_rows = widgets.HBox([*controls, note], layout={"flex_flow": "row wrap"})
+    return widgets.VBox([in_rows, chart, errors])
+
+
+def _shaker_note(name: str) -> str:
+    """Why what goes by this name in the app is not rounded."""
+    reason = "scattered" if name == CONTROL else "not stored"
+    return f"<b>{name.capitalize()}</b> are {reason}: they get noise, not fewer bits."

@@ -17,7 +17,7 @@ weights, chosen) beside their `experts`: Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V2;
 or in 4.
 
 Replaying separates two things that quantization does: it changes what experts answer, and it
-changes which experts are asked (Chen et al. 2025, arXiv:2508.01625, section 3).
+changes which experts are asked (the experiment of arXiv:2508.01625, table 1).
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from .moe import Routing
+
+STEPS = 145
+LEAST = 1e-300  # a probability that may be divided by
+VALUES_AT_ONCE = 2**20
+RULE_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +92,7 @@ class Flips:
     @cached_property
     def kl_by_token(self) -> Tensor:
         """KL divergence of the router's probabilities from the reference's, (tokens), in nats."""
-        before, after = (
-            routing.logits.double().log_softmax(dim=-1) for routing in (self.reference, self.other)
-        )
-        p = before.exp()
-        return torch.where(p > 0, p * (before - after), 0).sum(dim=-1)
+        return divergence(self.reference.logits, self.other.logits)
 
     @property
     def kl(self) -> float:
@@ -137,16 +138,40 @@ def compare(reference: Routing, other: Routing) -> Flips:
     return Flips(reference, other)
 
 
-def margins(routing: Routing) -> Tensor:
-    """How far each token is from another set of experts, (tokens), in units of the logits.
+def divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """The sum of p log(p / q), (...), in nats, in float64; the logits (..., choices) give p and q.
 
-    The smallest chosen logit minus the largest that was not chosen: 0 at a tie, infinite where all
-    experts are chosen.
+    0 where nothing changed and never negative (Kullback and Leibler 1951). What the reference holds
+    impossible (a logit of minus infinity) counts nothing.
+    """
+    choices = logits.shape[-1]
+    pieces = zip(
+        *(
+            each.reshape(-1, choices).split(max(1, VALUES_AT_ONCE // choices))
+            for each in (reference_logits, logits)
+        ),
+        strict=True,
+    )
+    return torch.cat([_divergence(*pair) for pair in pieces]).view(logits.shape[:-1])
+
+
+def _divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    before, after = (each.double().log_softmax(dim=-1) for each in (reference_logits, logits))
+    p = before.exp()
+    return torch.where(p > 0, p * (before - after), 0).sum(dim=-1).clamp(min=0)
+
+
+def margins(routing: Routing) -> Tensor:
+    """How far each token is from another set of experts, (tokens), in units of the logits; float64.
+
+    The smallest chosen logit minus the largest that was not chosen: 0 at a tie, infinite where no
+    other expert can be chosen, be it that all are or that the others' logits are minus infinity.
     """
     chosen = _members(routing)
-    inside = routing.logits.masked_fill(~chosen, torch.inf).amin(dim=-1)
-    outside = routing.logits.masked_fill(chosen, -torch.inf).amax(dim=-1)
-    return inside - outside
+    logits = routing.logits.double()
+    inside = logits.masked_fill(~chosen, torch.inf).amin(dim=-1)
+    outside = logits.masked_fill(chosen, -torch.inf).amax(dim=-1)
+    return torch.where(outside == -torch.inf, torch.inf, inside - outside)
 
 
 def flip_probability(routing: Routing, noise: float) -> Tensor:
@@ -155,53 +180,71 @@ def flip_probability(routing: Routing, noise: float) -> Tensor:
     The noise is Gaussian, of standard deviation `noise`, independent for each logit and of the
     logits. The set stays if the largest noisy logit outside it, of density f, is below all inside:
     the integral of f(t) times the product of Phi((logit - t) / noise) over the chosen, taken here
-    at 193 points. With two experts it is Phi(-margin / (sqrt(2) noise)):
+    at 145 points. With two experts it is Phi(-margin / (sqrt(2) noise)):
 
-    >>> flip_probability(route(torch.tensor([[1.0, 0.0]]), top_k=1), noise=1.0).item()
-    0.2397500610934767
+    >>> round(flip_probability(route(torch.tensor([[1.0, 0.0]]), top_k=1), noise=1.0).item(), 12)
+    0.239750061093
+
+    An expert whose logit is minus infinity is never chosen, with any noise. Tokens are worked on in
+    pieces, so that their number does not decide on the memory.
 
     Raises ValueError for a negative noise.
     """
-    if noise < 0:
+    if not noise >= 0:
         raise ValueError(f"noise={noise}: a standard deviation is 0 or larger.")
-    if noise == 0 or routing.chosen.shape[1] == routing.experts:
-        return torch.zeros(len(routing.chosen), dtype=torch.float64)
-    chosen = _members(routing)
-    scaled = routing.logits.double() / noise
-    largest = scaled.masked_fill(chosen, -torch.inf).amax(dim=-1)
-    steps = torch.linspace(-12, 12, 193, dtype=torch.float64, device=scaled.device)
-    distance = (largest[:, None] + steps)[..., None] - scaled[:, None]
-    outside, inside = (~chosen)[:, None], chosen[:, None]
-    below = torch.special.log_ndtr(distance).masked_fill(~outside, 0)
-    above = torch.special.log_ndtr(-distance).masked_fill(~inside, 0)
-    hazard = (-(distance**2) / 2 - below).exp() / (2 * torch.pi) ** 0.5
-    density = hazard.masked_fill(~outside, 0).sum(dim=-1) * below.sum(dim=-1).exp()
-    stays = torch.trapezoid(density * above.sum(dim=-1).exp(), steps, dim=-1)
-    return (1 - stays).clamp(0, 1)
+    margin = margins(routing)
+    if noise == 0:
+        return torch.zeros_like(margin)
+    piece = max(1, VALUES_AT_ONCE // (STEPS * routing.experts))
+    pieces = zip(
+        (routing.logits.double() / noise).split(piece), _members(routing).split(piece), strict=True
+    )
+    flips = 1 - torch.cat([_stays(scaled, chosen) for scaled, chosen in pieces])
+    return torch.where(margin == torch.inf, 0, flips).clamp(0, 1)
+
+
+def _stays(scaled: Tensor, chosen: Tensor) -> Tensor:
+    """The probability that a token keeps its set: logits over noise, chosen (tokens, experts)."""
+    largest = scaled.masked_fill(chosen, -torch.inf).amax(dim=-1, keepdim=True)
+    steps = torch.linspace(-9, 9, STEPS, dtype=torch.float64, device=scaled.device)
+    distance = (largest - scaled)[:, None] + steps[:, None]
+    inside = chosen[:, None]
+    in_place = torch.special.ndtr(torch.where(inside, -distance, distance)).clamp(min=LEAST)
+    density = (-(distance**2) / 2).exp() / (2 * torch.pi) ** 0.5
+    hazard = (density / in_place).masked_fill(inside, 0).sum(dim=-1)
+    return torch.trapezoid(hazard * in_place.prod(dim=-1), steps, dim=-1)
 
 
 def reroute(routing: Routing, logits: Tensor) -> Routing:
     """What the same router would have decided with other `logits` (tokens, experts).
 
     Its rule is read from what it did: the weights of the `top_k` most probable experts are their
-    probabilities, divided by their sum (Mixtral, Qwen3-MoE) or as they are (OLMoE).
+    probabilities, divided by their sum (Mixtral, Qwen3-MoE) or as they are (OLMoE), whichever is
+    nearer to what is seen.
 
-    Raises ValueError for a router that weighs its experts in another way.
+    Raises ValueError for a router that chooses or weighs its experts in another way.
     """
-    expected = routing.probabilities.gather(1, routing.chosen)
-    totals = expected.sum(dim=-1, keepdim=True)
-    rules = {"divided": expected / totals, "as they are": expected}
-    seen = routing.weights.float()
-    rule = next((name for name, w in rules.items() if torch.allclose(seen, w, atol=1e-2)), None)
-    if rule is None:
+    top_k, dtype = routing.chosen.shape[1], routing.weights.dtype
+
+    def error(divided: bool) -> float:
+        expected = _decided(routing.logits, top_k, divided, dtype).weights
+        return (routing.weights - expected).abs().max().item()
+
+    errors = {divided: error(divided) for divided in (True, False)}
+    divided = min(errors, key=errors.get)
+    if errors[divided] > RULE_TOLERANCE:
         raise ValueError(
-            "The router's weights are neither the probabilities of the chosen experts nor those "
-            "divided by their sum: how it would weigh others is not known here."
+            "The router's weights are neither the largest probabilities of its experts nor those "
+            "divided by their sum: what it would decide on other logits is not known here."
         )
-    weights, chosen = logits.float().softmax(dim=-1).topk(routing.chosen.shape[1], dim=-1)
-    if rule == "divided":
+    return _decided(logits, top_k, divided, dtype)
+
+
+def _decided(logits: Tensor, top_k: int, divided: bool, dtype: torch.dtype) -> Routing:
+    weights, chosen = logits.float().softmax(dim=-1).topk(top_k, dim=-1)
+    if divided:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return Routing(logits, weights.to(routing.weights.dtype), chosen)
+    return Routing(logits, weights.to(dtype), chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +276,8 @@ def record(model: nn.Module, token_ids: Tensor) -> Recording:
 
     with intercepted(model, keep):
         logits = _answer(model, token_ids)
-    return Recording(token_ids.cpu(), tuple(_on(routing, "cpu") for routing in said), logits)
+    read = token_ids.to("cpu", copy=True)
+    return Recording(read, tuple(_on(routing, "cpu") for routing in said), logits)
 
 
 def replay(model: nn.Module, recording: Recording) -> Recording:
@@ -241,7 +285,8 @@ def replay(model: nn.Module, recording: Recording) -> Recording:
 
     The routers are still asked: the new recording's `routings` are what they would have decided,
     given all that came before, and its `logits` what the model made of the old decisions. Replaying
-    what the model itself decided gives exactly its own logits.
+    what the model itself decided gives exactly its own logits. (Not to the last bit where a token
+    goes to more than two experts of DeepSeek-V2, whose router leaves them unsorted.)
 
     Raises ValueError if the recording is of a model with another number of MoE layers or experts.
     """

@@ -193,7 +193,7 @@ def pages(
 def passages(page: str) -> list[Passage]:
     """The whole lines of a page; the one that is cut at its end is left out.
 
-    >>> passages("sum 1+2 > 3\nsort 21 > 12\nsum 4")[1]
+    >>> passages("sum 1+2 > 3\\nsort 21 > 12\\nsum 4")[1]
     Passage(language='sort', start=12, answer=22, stop=25)
     """
     found, start = [], 0

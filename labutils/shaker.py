@@ -3,10 +3,13 @@
 A `Shaker` holds a model, an exam, and what the undisturbed model makes of it. Asked to `shake`, it
 disturbs one part, reads the exam once, and puts everything back. Disturbances are of two kinds:
 
-- `noise`, relative: Gaussian, with `noise` times the root mean square of what it is added to. So
-  parts of different size and scale are disturbed alike. It is drawn once for each place and then
-  scaled, so that more of it is the same, and more.
-- `bits`: weights rounded to integers of so many bits, *simulated*, in blocks of 64.
+- `noise`, relative: Gaussian, with `noise` times the root mean square of what it is added to (a
+  matrix, an expert's gate and up as one, a token's state), or the standard deviation of a layer's
+  router logits, to which a common shift means nothing. So parts of different size and scale are
+  disturbed alike. It is drawn once for each place and then scaled, so that more of it is the same,
+  and more.
+- `bits`: weights rounded to integers of so many bits, *simulated*, as `Recipe` stores them: in
+  blocks of 64, 8 bits by row.
 
 They are put on
 
@@ -17,6 +20,7 @@ They are put on
   random among those of its experts.
 """
 
+import math
 import statistics
 import zlib
 from collections.abc import Callable, Iterator
@@ -63,8 +67,8 @@ class Disturbance:
     def __post_init__(self):
         if self.what not in WHAT:
             raise ValueError(f"{self.what!r} cannot be disturbed; {', '.join(WHAT)} can.")
-        if self.noise < 0:
-            raise ValueError(f"noise={self.noise}: relative noise is 0 or larger.")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise={self.noise}: relative noise is 0 or larger, and finite.")
         if self.expert is not None and self.what != "experts":
             raise ValueError(f"expert={self.expert} says which of the experts, not of {self.what}.")
         if self.bits is not None and (self.noise or self.what not in WEIGHTS):
@@ -84,7 +88,9 @@ class Disturbance:
     def __str__(self):
         what = self.what if self.expert is None else f"expert {self.expert}"
         place = what if self.layer is None else f"{what} of layer {self.layer}"
-        return f"{place} in {self.bits} bits" if self.bits else f"{self.noise:.0%} noise on {place}"
+        if self.bits is not None:
+            return f"{place} in {self.bits} bits"
+        return f"{100 * self.noise:g}% noise on {place}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +133,10 @@ class Shaken:
 
     @property
     def flips_by_language(self) -> pd.DataFrame:
-        """Flip rates of sets by layer (rows) and the language of a token (columns)."""
+        """Flip rates of sets by layer (rows) and the language of a token (columns).
+
+        NaN for a language that stands on none of the pages.
+        """
         names = self.exam.languages.ravel()
         columns = {
             language: [
@@ -142,14 +151,22 @@ class Shaken:
 class Shaker:
     """A model to be disturbed, and an exam of `pages` held-out pages of 256 tokens.
 
-    `model` is a Mixtral, OLMoE or Qwen3-MoE of transformers. Weights can be disturbed where they
-    are kept in 16 or 32 bits; router logits and hidden states also in a model stored in 4. The
-    pages are always the same, the noise is drawn from `generator`.
+    `model` is a Mixtral, OLMoE or Qwen3-MoE of transformers with experts in every layer. Noise is
+    put on weights that are kept in 16 or 32 bits, and on router logits and hidden states also in a
+    model stored in 4; bits are taken from a model that is in 16 or 32 as a whole. The pages are
+    always the same, the noise is drawn from `generator`.
+
+    Take `model.float()`: bfloat16 swallows noise of less than about a percent, and its rounding
+    alone, once anything has changed, flips some tokens in a thousand.
+
+    Raises ValueError for a model in training mode, which may read the same text differently each
+    time, and for one that has layers without experts.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer, pages: int = 8, generator: torch.Generator | None = None
     ):
+        _check_model(model)
         drawn = languages.pages(pages, torch.Generator().manual_seed(0), held_out=True)
         self.model, self.exam = model, exam(tokenizer, drawn)
         self.reference: Recording = record(model, self.exam.token_ids)
@@ -157,12 +174,13 @@ class Shaker:
         self._right = self.exam.right(self.reference.logits)
         generator = generator or torch.Generator().manual_seed(0)
         self._seed = int(torch.randint(2**31, (), generator=generator))
-        self._drawn: dict[str, Tensor] = {}
+        self._drawn: dict[tuple[str, torch.Size], Tensor] = {}
 
     def shake(self, disturbance: Disturbance) -> Shaken:
         """What the model does under `disturbance`; afterwards it is what it was, to the last bit.
 
-        Raises ValueError for a layer or an expert that the model has not.
+        Raises ValueError for a layer or an expert that the model has not, and for weights that are
+        stored in 4 or 8 bits.
         """
         with self.disturbed(disturbance):
             seen = record(self.model, self.exam.token_ids)
@@ -236,13 +254,7 @@ class Shaker:
 
     @contextmanager
     def _noisy_weights(self, disturbance: Disturbance) -> Iterator[None]:
-        component = "experts" if disturbance.what == CONTROL else disturbance.what
-        places = [
-            (name, parameter.detach())
-            for name, parameter in self.model.named_parameters()
-            if (part := part_of(name)).component == component
-            and disturbance.layer in (None, part.layer)
-        ]
+        places = self._matrices(disturbance)
         originals = [weight.clone() for _, weight in places]
         try:
             for name, weight in places:
@@ -253,9 +265,28 @@ class Shaker:
             for (_, weight), original in zip(places, originals, strict=True):
                 weight.copy_(original)
 
+    def _matrices(self, disturbance: Disturbance) -> list[tuple[str, Tensor]]:
+        """The matrices that noise is put on, or on some of whose places, by their names."""
+        component = "experts" if disturbance.what == CONTROL else disturbance.what
+        places = [
+            (name, parameter.detach())
+            for name, parameter in self.model.named_parameters()
+            if (part := part_of(name)).component == component
+            and disturbance.layer in (None, part.layer)
+            and (disturbance.expert is None or part.expert in (None, disturbance.expert))
+            and parameter.dim() > 1
+        ]
+        for name, weight in places:
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"{name} is stored as {weight.dtype}, to which no noise can be added; load the "
+                    "model with that part in 16 bits."
+                )
+        return places
+
     def _share(self, disturbance: Disturbance, name: str, weight: Tensor) -> Tensor | float:
         """1 where a weight is disturbed and 0 where it is not."""
-        if disturbance.expert is not None:
+        if disturbance.expert is not None and weight.dim() == 3:
             places = torch.zeros(len(weight), 1, 1, dtype=weight.dtype, device=weight.device)
             places[disturbance.expert] = 1
             return places
@@ -268,12 +299,24 @@ class Shaker:
 
     def _unit(self, name: str, like: Tensor) -> Tensor:
         """Standard normal noise of the shape of `like`, always the same for the same name."""
-        if name not in self._drawn:
+        place = name, like.shape
+        if place not in self._drawn:
             generator = torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
-            self._drawn[name] = torch.randn(like.shape, generator=generator)
-        return self._drawn[name].to(like)
+            self._drawn[place] = torch.randn(like.shape, generator=generator)
+        return self._drawn[place].to(like)
+
+
+def _check_model(model: nn.Module) -> None:
+    if model.training:
+        raise ValueError("The model is in training mode; call model.eval() first.")
+    blocks, layers = len(moe_blocks(model)), model.config.num_hidden_layers
+    if blocks != layers:
+        raise ValueError(
+            f"{blocks} of the model's {layers} layers have experts; a shaker wants them in all, so "
+            "that a layer has one number."
+        )
 
 
 def _size(values: Tensor, dim) -> Tensor:
     """The root mean square over `dim`, which is kept."""
-    return values.square().mean(dim=dim, keepdim=True).sqrt()
+    return values.float().square().mean(dim=dim, keepdim=True).sqrt().to(values.dtype)

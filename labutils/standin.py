@@ -48,8 +48,7 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from labutils import languages
-from labutils.moe import Routing, route
+from labutils import flips, languages
 
 PATH = Path(__file__).parent / "data" / "standin"
 WEIGHTS = "model.safetensors"
@@ -196,14 +195,15 @@ def expert_use(
 
     One row for each (layer, language), one column for each expert; a row adds up to 1, and an
     expert chosen as often as any other has 1 / experts. Counted on held-out pages of one
-    language; without a generator they are always the same. `model` is any Mixtral of
-    transformers that returns its router's logits.
+    language; without a generator they are always the same. `model` is any that `flips.record`
+    reads.
     """
     generator = generator or torch.Generator().manual_seed(0)
     shares = {}
     for name in languages.LANGUAGES:
         drawn = languages.pages(pages_per_language, generator, held_out=True, only=name)
-        for layer, routing in enumerate(routings(model, _token_ids(tokenizer, drawn))):
+        recording = flips.record(model, _token_ids(tokenizer, drawn))
+        for layer, routing in enumerate(recording.routings):
             shares[layer, name] = _shares(routing.counts)
     return _use_table(shares, "language")
 
@@ -219,27 +219,12 @@ def expert_use_by_kind(
     token_ids = _token_ids(tokenizer, languages.pages(pages, generator, held_out=True))
     characters = tokenizer.convert_ids_to_tokens(token_ids.flatten().tolist())
     shares = {}
-    for layer, routing in enumerate(routings(model, token_ids)):
+    for layer, routing in enumerate(flips.record(model, token_ids).routings):
         for kind, members in KINDS.items():
             of_kind = torch.tensor([character in members for character in characters])
             counts = torch.bincount(routing.chosen[of_kind].flatten(), minlength=routing.experts)
             shares[layer, kind] = _shares(counts)
     return _use_table(shares, "kind")
-
-
-@torch.no_grad()
-def routings(model, token_ids: torch.Tensor) -> list[Routing]:
-    """What the router of each layer says about `token_ids` (pages, tokens), first layer first.
-
-    The pages are flattened, one after the other. `model` is any Mixtral of transformers.
-
-    >>> token_ids = tokenizer()(["capital kenya > nairobi"], return_tensors="pt")["input_ids"]
-    >>> [routing.chosen.shape for routing in routings(load(PATH), token_ids)][0]
-    torch.Size([24, 2])
-    """
-    output = model(input_ids=token_ids.to(model.device), output_router_logits=True, use_cache=False)
-    top_k = model.config.num_experts_per_tok
-    return [route(logits.cpu(), top_k) for logits in output.router_logits]
 
 
 def train(
@@ -371,7 +356,7 @@ def _write_scores(folder: Path, record: TrainingRecord) -> None:
     token_ids = _token_ids(tokenizer(), pages)
     with torch.no_grad():
         _, nats_per_token = _objective(model, token_ids)
-    counts = [routing.counts for routing in routings(model, token_ids)]
+    counts = [routing.counts for routing in flips.record(model, token_ids).routings]
     record_of_file = {
         "sha256": _sha256(folder / WEIGHTS),
         "bytes": (folder / WEIGHTS).stat().st_size,

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,14 +12,17 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 
-from labutils import apps
+from labutils import apps, standin
 from labutils.apps import ErrorLine, live_memory, redraw
+from labutils.checkpoints import load
 from labutils.damage import Damage
 from labutils.ledger import ledger_of
 from labutils.meter import MIB, Meter, mark
 from labutils.moe import MoELayer, route
+from labutils.shaker import Shaker
 from labutils.style import changeable
 
 GIB = 2**30
@@ -117,6 +121,22 @@ def test_redraw_takes_over_data_and_layout_and_leaves_the_zoom() -> None:
     assert list(shown.data[0].y) == [0, 1] and shown.layout.title.text == "2"
     assert len(shown.layout.shapes) == 2
     assert shown.layout.xaxis.range == (0, 1)
+
+
+def test_redraw_sends_only_what_differs() -> None:
+    """Inside an entry too: here the bars' heights and none of their looks."""
+    looks = {"marker": {"color": "red"}, "error_y": {"array": [1, 1], "width": 4}}
+    shown = changeable(go.Figure([go.Bar(y=[1, 2], **looks)], {"height": 300}))
+    sent = []
+    shown.data[0].on_change(lambda _, y, error: sent.append((y, error)), "y", "error_y.array")
+    shown.layout.on_change(lambda _, height: sent.append(height), "height")
+    looks["error_y"] = looks["error_y"] | {"array": [2, 1]}
+    redraw(shown, go.Figure([go.Bar(y=[1, 2], **looks)], {"height": 300}))
+    assert sent == [((1, 2), (2, 1))]
+    redraw(shown, go.Figure([go.Bar(y=[1, 2], **looks)], {"height": 301}))
+    assert sent[1:] == [301]
+    redraw(shown, go.Figure([go.Bar(y=[1, 2], **looks)], {"height": 301}))
+    assert len(sent) == 2
 
 
 def test_redraw_of_another_figure_is_refused() -> None:
@@ -343,3 +363,168 @@ def test_a_lower_threshold_takes_a_column_out_and_lowers_the_error() -> None:
     assert chart.layout.title.text.startswith("3.1% of the columns")
     assert chart.data[0].y[1] < chart.data[0].y[2] / 2
     assert errors.value == ""
+
+
+# -------------------------------------------------------------------------------------- the shaker
+
+
+@pytest.fixture(scope="module")
+def small_shaker() -> Shaker:
+    transformers.utils.logging.disable_progress_bar()
+    model = load(standin.PATH, device_map="cpu").float()
+    model.set_experts_implementation("eager")
+    return Shaker(model, standin.tokenizer(), pages=2)
+
+
+@pytest.fixture
+def shaken(small_shaker):
+    """The app by name: its controls, the note beside them, the chart and the error line."""
+    rows, chart, errors = apps.shaker(small_shaker).children
+    names = ("what", "layer", "expert", "how", "noise", "bits", "shown", "note")
+    controls = dict(zip(names, rows.children, strict=True))
+    river = next(trace for trace in chart.data if trace.type == "sankey")
+    cells = next(trace for trace in chart.data if trace.type == "heatmap")
+    return SimpleNamespace(**controls, chart=chart, errors=errors, river=river, cells=cells)
+
+
+def rate(app) -> float:
+    """The share of flips that the first gauge shows."""
+    return app.chart.data[0].x[0]
+
+
+def test_no_noise_is_exactly_nothing(shaken):
+    assert rate(shaken) > 5, "it starts with a disturbance"
+    for what in ("router", "router logits", "hidden states", "experts"):
+        shaken.what.value, shaken.noise.value = what, 0.0
+        title = shaken.chart.layout.title.text
+        assert title.startswith("0% noise on ") and ": 0% of tokens flip, KL 0, " in title
+        assert [gauge.x[0] for gauge in shaken.chart.data[:3]] == [0, 0, 0]
+        assert set(np.ravel(shaken.cells.text)) <= {"0", ""}
+        assert len(shaken.river.link.value) == 8
+        shaken.noise.value = 0.2
+        assert rate(shaken) > 0 and shaken.errors.value == ""
+
+
+def test_more_noise_flips_more_and_costs_more(shaken):
+    flips, kl = [], []
+    for noise in (0.0, 0.1, 0.3, 1.0):
+        shaken.noise.value = noise
+        flips.append(rate(shaken))
+        kl.append(shaken.chart.data[1].x[0])
+    assert flips == sorted(set(flips)) and kl == sorted(set(kl))
+
+
+def test_a_disturbance_stays_in_its_layer_and_its_expert(shaken):
+    assert shaken.expert.disabled
+    shaken.layer.value = 3
+    upper = shaken.cells.z[:3]
+    assert np.nansum(upper) == 0 and np.nansum(shaken.cells.z[3]) > 0
+    shaken.what.value = "one expert"
+    assert not shaken.expert.disabled
+    shaken.expert.value, shaken.layer.value = 5, 1
+    assert shaken.chart.layout.title.text.startswith("20% noise on expert 5 of layer 1: ")
+    assert np.nansum(shaken.cells.z[:2]) == 0 and rate(shaken) > 0
+    whole = rate(shaken)
+    shaken.what.value = "experts"
+    assert shaken.expert.disabled and rate(shaken) > whole
+
+
+def test_only_stored_weights_are_rounded(shaken):
+    assert shaken.bits.disabled and not shaken.noise.disabled
+    shaken.how.value = "bits"
+    assert shaken.noise.disabled and not shaken.bits.disabled and shaken.note.value == ""
+    assert shaken.chart.layout.title.text.startswith("Router in 3 bits: ")
+    rounded = rate(shaken)
+    shaken.bits.value = 2
+    assert rate(shaken) > rounded
+    for what, reason in (
+        ("router logits", "not stored"),
+        ("hidden states", "not stored"),
+        ("as many expert weights", "scattered"),
+    ):
+        shaken.what.value = what
+        assert shaken.bits.disabled and shaken.how.disabled and not shaken.noise.disabled
+        assert reason in shaken.note.value
+        assert shaken.chart.layout.title.text.startswith(f"20% noise on {what}: ")
+    shaken.what.value = "attention"
+    assert shaken.chart.layout.title.text.startswith("Attention in 2 bits: ")
+    assert shaken.note.value == "" and not shaken.bits.disabled and shaken.errors.value == ""
+
+
+def test_the_river_has_every_choice_once(shaken, small_shaker):
+    tokens = small_shaker.exam.token_ids.numel()
+    for noise in (0.0, 0.2, 1.0):
+        shaken.noise.value = noise
+        for shown, decisions in ((0, tokens), (3, tokens), ("all", 4 * tokens)):
+            shaken.shown.value = shown
+            assert sum(shaken.river.link.value) == 2 * decisions
+            flipped, stayed = shaken.chart.data[-3:-1]
+            assert sum(flipped.y) + sum(stayed.y) == decisions
+
+
+def test_another_layer_is_shown_without_reading_again(shaken, small_shaker, monkeypatch):
+    monkeypatch.setattr(small_shaker, "disturbed", None)
+    before = rate(shaken)
+    for layer in (0, 1, 2, 3, "all"):
+        shaken.shown.value = layer
+        named = "all layers" if layer == "all" else f"layer {layer}"
+        titles = [note.text for note in shaken.chart.layout.annotations]
+        assert any(f"old expert to new, {named}: " in title for title in titles)
+    assert rate(shaken) == before and shaken.errors.value == ""
+
+
+def test_what_goes_wrong_is_shown_and_the_last_picture_stays(shaken, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise ValueError("no <paint> left")
+
+    title, links = shaken.chart.layout.title.text, tuple(shaken.river.link.value)
+    with monkeypatch.context() as patched:
+        patched.setattr(apps, "shaken_view", fail)
+        shaken.noise.value = 0.5
+    assert "ValueError: no &lt;paint&gt; left" in shaken.errors.value
+    assert shaken.chart.layout.title.text == title and shaken.river.link.value == links
+    shaken.noise.value = 0.7
+    assert shaken.errors.value == "" and "70% noise" in shaken.chart.layout.title.text
+
+
+def test_the_model_is_afterwards_what_it_was(shaken, small_shaker):
+    before = {name: value.clone() for name, value in small_shaker.model.state_dict().items()}
+    shaken.noise.value = 1.0
+    for _, what in shaken.what.options:
+        shaken.what.value = what
+    shaken.how.value = "bits"
+    for what in ("router", "experts", "one expert", "attention"):
+        shaken.what.value = what
+    after = small_shaker.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert shaken.errors.value == ""
+
+
+def test_moves_from_several_threads_take_turns(shaken, small_shaker, monkeypatch):
+    """Two disturbances at once would take each other's weights for the undisturbed ones."""
+    inside, most = [], []
+    disturbed = small_shaker.disturbed
+
+    @contextmanager
+    def watched(disturbance):
+        inside.append(disturbance)
+        most.append(len(inside))
+        with disturbed(disturbance):
+            yield
+        inside.pop()
+
+    monkeypatch.setattr(small_shaker, "disturbed", watched)
+    before = {name: value.clone() for name, value in small_shaker.model.state_dict().items()}
+    moves = [(shaken.noise, 0.3), (shaken.layer, 2), (shaken.what, "attention")]
+    threads = [
+        threading.Thread(target=setattr, args=(control, "value", value)) for control, value in moves
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) >= 1 and max(most) == 1 and shaken.errors.value == ""
+    assert shaken.chart.layout.title.text.startswith("30% noise on attention of layer 2: ")
+    after = small_shaker.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -14,10 +14,10 @@ FLOORS = """
 __init__ claims codebooks moe meter languages anatomy
 formats flips offload speculative
 outliers calibrated recipes budget ledger
-experts checkpoints standin evaluate damage
+experts checkpoints standin evaluate damage shaker
 style
 memory_chart
-figures layer_figures format_figures cost_figures rounding_figures
+figures layer_figures format_figures cost_figures rounding_figures flip_figures shaker_figures
 apps
 cli
 __main__

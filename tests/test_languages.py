@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labutils import languages
-from labutils.languages import LANGUAGES
+from labutils.languages import LANGUAGES, Passage, passages
 
 seeds = st.integers(0, 2**31)
 names = pytest.mark.parametrize("name", LANGUAGES)
@@ -132,6 +132,33 @@ def test_the_same_generator_draws_the_same_pages(seed):
 def test_a_page_of_one_language_holds_no_other(name):
     (page,) = languages.pages(1, generator(0), held_out=True, only=name)
     assert all(line.startswith(f"{name} ") for line in page.split("\n")[:-1])
+
+
+def test_a_known_page_is_taken_apart():
+    assert passages("sum 1+2 > 3\ncount baab b > 2\nsort 21 > 1") == [
+        Passage("sum", start=0, answer=10, stop=12),
+        Passage("count", start=12, answer=27, stop=29),
+    ]
+    assert passages("") == passages("sum 1+2 > 3") == passages("sum 1+2 >") == []
+    assert len(passages("sum 1+2 > 3\nsort 21 > 12\n")) == 2
+
+
+@settings(deadline=None)
+@given(seed=seeds, held_out=st.booleans(), only=st.sampled_from([None, *LANGUAGES]))
+def test_passages_are_the_whole_lines_that_a_page_was_made_of(seed, held_out, only):
+    """Answers included, drawn again from the same generator; only the line that is cut is left."""
+    (page,) = languages.pages(1, generator(seed), held_out, only)
+    source, place = languages.lines(generator(seed), held_out, only), 0
+    for passage in passages(page):
+        line = next(source)
+        name, question = line.split(" > ")[0].split(" ", 1)
+        example = LANGUAGES[name].example(question)
+        assert (passage.language, passage.start) == (name, place)
+        assert page[passage.start : passage.answer] == example.prompt
+        assert page[passage.answer : passage.stop] == example.answer + "\n"
+        place = passage.stop
+    assert next(source).startswith(page[place:])
+    assert "\n" not in page[place:]
 
 
 def test_the_held_out_rule_is_the_same_everywhere():

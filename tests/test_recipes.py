@@ -10,7 +10,7 @@ from labutils import standin
 from labutils.anatomy import Part
 from labutils.checkpoints import load
 from labutils.experts import quantized_linears
-from labutils.formats import STORABLE, quantize
+from labutils.formats import FORMATS, STORABLE, quantize
 from labutils.recipes import Recipe, simulated
 
 EXPERT = Part("experts", layer=2, expert=5, projection="up_proj")
@@ -140,6 +140,51 @@ def test_only_what_the_recipe_names_is_rounded(model):
         now, then = model.get_parameter(name), before[name]
         assert [e for e in range(8) if not torch.equal(now[e], then[e])] == [5]
         assert torch.equal(now[5], quantize(then[5], "int2", double_quant=True).dequantize())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_weights_that_have_the_dtype_already_are_not_even_touched(model, dtype):
+    """Neither copied nor written: the counter that torch keeps of writes stands still."""
+    model = model.to(FORMATS[dtype].dtype)
+    kept = dict.fromkeys(("attention", "router", "embeddings", "lm_head"), dtype)
+    recipe = Recipe(dtype, **kept, overrides={"layers.1.experts.2.up_proj": "int3"})
+    rounded = "model.layers.1.mlp.experts.gate_up_proj"
+    before, writes = weights_in(model), {n: p._version for n, p in model.named_parameters()}
+    with simulated(model, recipe):
+        assert changed(model, before) == {rounded}
+        now, then = model.get_parameter(rounded), before[rounded]
+        assert [e for e in range(8) if not torch.equal(now[e], then[e])] == [2]
+        assert torch.equal(now[2, :384], then[2, :384])
+    assert not changed(model, before)
+    written = {n for n, p in model.named_parameters() if p._version != writes[n]}
+    assert written == {rounded}
+
+
+@pytest.mark.parametrize(("there", "asked"), [("fp32", "bf16"), ("bf16", "fp16"), ("fp16", "bf16")])
+def test_another_dtype_is_rounded_to(model, there, asked):
+    there, dtype = FORMATS[there].dtype, FORMATS[asked].dtype
+    model = model.to(there)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 2**-9)
+    before = weights_in(model)
+    with simulated(model, Recipe(asked, overrides={"layers.0.attention": "int8"})):
+        assert any(name.endswith("experts.down_proj") for name in changed(model, before))
+        for name, weight in before.items():
+            if ".experts." in name:
+                assert torch.equal(model.get_parameter(name), weight.to(dtype).to(there))
+    assert not changed(model, before)
+
+
+def test_a_weight_that_cannot_be_rounded_leaves_all_as_they_were(model):
+    """The last layer's is no number, which is found after the others have been rounded."""
+    with torch.no_grad():
+        model.get_parameter("model.layers.3.mlp.experts.down_proj")[7, 0, 0] = float("nan")
+    before = weights_in(model)
+    with pytest.raises(ValueError, match=r"(?i)nan"), simulated(model, Recipe("int3", "fp32")):
+        pass
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.view(torch.int32), before[name].view(torch.int32)), name
 
 
 def test_weights_come_back_after_an_error_too(model):

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 from labutils import languages, standin
 from labutils.checkpoints import coverage, load
 from labutils.evaluate import kl
+from labutils.flips import record
+from labutils.moe import route
 from labutils.recipes import Recipe
 
 RECORDED_SHARE_TOLERANCE = 0.03
@@ -133,21 +135,17 @@ def test_experts_specialize_by_language_and_are_evenly_used_overall(model):
     assert max(standin.scores()["load_max_over_min"]) < 3
 
 
-def test_routings_are_what_each_layer_does(model):
-    token_ids = torch.tensor(standin.tokenizer()(["sort 52914 > 12459"])["input_ids"])
-    seen = []
-    hooks = [
-        layer.mlp.gate.register_forward_hook(lambda gate, inputs, output: seen.append(output))
-        for layer in model.model.layers
-    ]
-    routings = standin.routings(model, token_ids)
-    for hook in hooks:
-        hook.remove()
-    assert len(routings) == len(seen) == 4
-    for routing, (logits, weights, chosen) in zip(routings, seen, strict=True):
-        assert torch.equal(routing.logits, logits)
-        assert torch.equal(routing.chosen, chosen)
-        assert torch.equal(routing.weights, weights)
+def test_its_routers_decide_by_mixtrals_rule(model):
+    """Also where two logits are the same bfloat16 number, as some of 16,384 are."""
+    pages = languages.pages(64, torch.Generator().manual_seed(0), held_out=True)
+    routings = record(model, torch.tensor(standin.tokenizer()(pages)["input_ids"])).routings
+    assert len(routings) == 4
+    for routing in routings:
+        expected = route(routing.logits, top_k=2)
+        assert torch.equal(routing.chosen, expected.chosen)
+        assert torch.equal(routing.weights, expected.weights)
+    third, second = routings[0].logits.float().topk(3).values[:, [2, 1]].unbind(dim=1)
+    assert (third == second).any()
 
 
 def test_expert_use_by_kind_counts_every_character_once(model):
@@ -158,7 +156,7 @@ def test_expert_use_by_kind_counts_every_character_once(model):
     assert use.sum(axis=1).tolist() == pytest.approx([1.0] * len(use), abs=1e-5)
 
     pages = languages.pages(4, torch.Generator().manual_seed(0), held_out=True)
-    routing = standin.routings(model, torch.tensor(tokenizer(pages)["input_ids"]))[3]
+    routing = record(model, torch.tensor(tokenizer(pages)["input_ids"])).routings[3]
     chosen = [
         expert
         for place, page in enumerate(pages)
