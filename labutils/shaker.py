@@ -9,7 +9,8 @@ disturbs one part, reads the exam once, and puts everything back. Disturbances a
   disturbed alike. It is drawn once for each place and then scaled, so that more of it is the same,
   and more.
 - `bits`: weights rounded to integers of so many bits, *simulated*, as `Recipe` stores them: in
-  blocks of 64, 8 bits by row.
+  blocks of 64 with a maximum in float32 each, 8 bits by row. No double quantization, whose 1 KiB a
+  matrix is more than a small router has to save.
 
 They are put on
 
@@ -82,7 +83,9 @@ class Disturbance:
         layer = "*" if self.layer is None else self.layer
         path = f"layers.{layer}.{self.what}" + ("" if self.expert is None else f".{self.expert}")
         return Recipe(
-            **dict.fromkeys(Recipe().components, kept), overrides={path: f"int{self.bits}"}
+            **dict.fromkeys(Recipe().components, kept),
+            double_quant=False,
+            overrides={path: f"int{self.bits}"},
         )
 
     def __str__(self):
