@@ -94,7 +94,6 @@ def built_apps() -> Iterator[tuple[str, Callable[[], widgets.Box]]]:
     )
     half = len(tokens) // 2
     yield "calibration", lambda: apps.calibration(layer, tokens[:half], tokens[half:])
-    model.set_experts_implementation("eager")
     shaker = Shaker(model, tokenizer)
     yield "shaker", lambda: apps.shaker(shaker)
 

@@ -513,7 +513,7 @@ def shaker(shaker: Shaker) -> widgets.VBox:
 
     controls = [what, layer, expert, how, noise, bits, shown]
     for control in controls:
-        control.layout.width = "270px"  # three in a row
+        control.layout.width = "277px"  # three in a row
         control.observe(draw, names="value")
     in_rows = widgets.HBox([*controls, note], layout={"flex_flow": "row wrap"})
     return widgets.VBox([in_rows, chart, errors])

@@ -372,7 +372,6 @@ def test_a_lower_threshold_takes_a_column_out_and_lowers_the_error() -> None:
 def small_shaker() -> Shaker:
     transformers.utils.logging.disable_progress_bar()
     model = load(standin.PATH, device_map="cpu").float()
-    model.set_experts_implementation("eager")
     return Shaker(model, standin.tokenizer(), pages=2)
 
 
