@@ -454,8 +454,9 @@ def shaker(shaker: Shaker) -> widgets.VBox:
     """A model under the reader's hand: which part is disturbed, where, and how much.
 
     At once it shows which tokens flip, and what that costs. Each move reads the exam once; what was
-    seen before comes from a cache. It starts with 20% noise on all router weights. Logits, states
-    and scattered weights cannot be rounded: there the bits are greyed, and a line says so.
+    seen before comes from a cache. It starts with 20% noise on all router weights; on the logits
+    instead where these weights are stored in 4 or 8 bits. Logits, states and scattered weights
+    cannot be rounded: there the bits are greyed, and a line says so.
 
     While a disturbance is on, other moves wait, and other cells must leave the model alone.
 
@@ -463,7 +464,11 @@ def shaker(shaker: Shaker) -> widgets.VBox:
     """
     routings = shaker.reference.routings
     layers = ["all", *range(len(routings))]
-    what = widgets.Dropdown(options=_SHAKEN.items(), value="router", description="disturbed")
+    what = widgets.Dropdown(
+        options=_SHAKEN.items(),
+        value="router" if shaker.takes_noise("router") else "router logits",
+        description="disturbed",
+    )
     layer = widgets.SelectionSlider(options=layers, description="in layer", continuous_update=False)
     expert = widgets.IntSlider(
         0, 0, routings[0].experts - 1, description="expert", continuous_update=False

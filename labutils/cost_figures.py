@@ -240,8 +240,11 @@ def _loss_title(sweep: Mapping[str, Mapping[int, Damage]], undisturbed: Damage) 
     ]
     return {
         "text": f"{widths[0]}-bit {more} costs {fewest[more] / fewest[less]:.0f} times the loss of "
-        f"{widths[0]}-bit {less}; from {harmless[0]} bits on neither costs 0.001 nats",
-        "subtitle": {"text": "Simulated: weights rounded, kept in 32 bits"},
+        f"{widths[0]}-bit {less}",
+        "subtitle": {
+            "text": f"from {harmless[0]} bits on neither costs 0.001 nats; simulated: weights "
+            "rounded, kept in 32 bits"
+        },
     }
 
 

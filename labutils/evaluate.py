@@ -193,7 +193,14 @@ class Exam:
         """Whether each answer is the likeliest, token by token, given all that stands before it.
 
         `logits` (pages, tokens, vocabulary) is what a model answered to `token_ids`.
+
+        Raises ValueError for logits of other pages.
         """
+        if logits.shape[:2] != self.token_ids.shape:
+            raise ValueError(
+                f"The logits are of {tuple(logits.shape[:2])} pages and tokens, the exam has "
+                f"{tuple(self.token_ids.shape)}."
+            )
         wrong = logits[:, :-1].argmax(dim=-1) != self.token_ids[:, 1:]
         before = F.pad(wrong.cumsum(dim=-1), (1, 0))  # wrong tokens among the first so many
         places = [(answer.page, answer.first, answer.last) for answer in self.answers]
@@ -207,29 +214,29 @@ class Exam:
 
 
 def exam(tokenizer, pages: Sequence[str]) -> Exam:
-    """An exam on `pages` of `labutils.languages`, all of the same number of tokens.
+    """An exam on `pages` of `labutils.languages`.
 
-    Any tokenizer does that says where its tokens stand in the text.
+    Any tokenizer does that says where its tokens stand in the text. If it makes pages of different
+    numbers of tokens, all are cut to the shortest; answers that are cut are not scored.
 
-    Raises ValueError if there is no page, or if they differ in length.
+    Raises ValueError if there is no page, or a line that is of none of the languages.
     """
-    if not pages:
-        raise ValueError("An exam needs at least one page.")
+    if not pages or isinstance(pages, str):
+        raise ValueError("An exam needs a list of at least one page.")
     read = tokenizer(list(pages), return_offsets_mapping=True)
-    lengths = {len(ids) for ids in read["input_ids"]}
-    if len(lengths) != 1:
-        raise ValueError(f"The pages have {sorted(lengths)} tokens; an exam needs equal ones.")
-    names = np.full((len(pages), lengths.pop()), "", dtype=object)
+    tokens = min(map(len, read["input_ids"]))
+    names = np.full((len(pages), tokens), "", dtype=object)
     answers = []
     for page, (text, offsets) in enumerate(zip(pages, read["offset_mapping"], strict=True)):
-        ends = np.array([stop for _, stop in offsets])
-        begins = np.array([start for start, _ in offsets])
+        begins, ends = np.array(offsets).T
         for passage in languages.passages(text):
             within = (begins >= passage.start) & (begins < passage.stop) & (ends > begins)
-            names[page, within] = passage.language
+            names[page, np.flatnonzero(within[:tokens])] = passage.language
             inside = np.flatnonzero((ends > passage.answer) & (begins < passage.stop))
-            answers.append(Answer(passage.language, page, int(inside[0]), int(inside[-1])))
-    return Exam(torch.tensor(read["input_ids"]), names, tuple(answers))
+            if inside[-1] < tokens:
+                answers.append(Answer(passage.language, page, int(inside[0]), int(inside[-1])))
+    token_ids = torch.tensor([ids[:tokens] for ids in read["input_ids"]])
+    return Exam(token_ids, names, tuple(answers))
 
 
 @dataclass(frozen=True)
@@ -268,7 +275,10 @@ def bootstrap(
 
     Raises ValueError unless all samples have the same number of pages, at least 2.
     """
-    rows = [np.asarray(torch.as_tensor(sample).double()) for sample in samples]
+    rows = [
+        np.asarray(sample.double() if isinstance(sample, torch.Tensor) else sample, dtype=float)
+        for sample in samples
+    ]
     counts = {len(row) for row in rows}
     if len(counts) != 1 or min(counts) < 2:
         raise ValueError(

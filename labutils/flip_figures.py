@@ -36,8 +36,8 @@ _SHAKEN_COLORS = {
     "hidden states": "#66C2E0",
     "as many expert weights": "#8A7A2E",
 }
-_CELL_COLORS = {"routing only": "router", "weights only": "experts", "both": "bf16"}
-_CELL_PATTERNS = {"routing only": "/", "weights only": "", "both": "x"}
+_CELL_COLORS = {"routing only": "router", "weights only": "experts"}
+_CELL_PATTERNS = {"routing only": "/", "weights only": ""}
 _LEAST_KL = 1e-7  # nats; what 32-bit logits can tell apart
 _RANGE = " [%{customdata[1]:.3g}, %{customdata[2]:.3g}]"
 _PERCENT_RANGE = " [%{customdata[1]:.3g}%, %{customdata[2]:.3g}%]"
@@ -212,7 +212,7 @@ def flip_curves(table: pd.DataFrame) -> Figure:
         height=170 + 260 * rows,
         title={
             "text": f"Predicted within the interval at {hits['predicted']} of {len(table)} noise "
-            f"levels, from the nearest pair alone at {hits['nearest_pair']}",
+            f"levels, from one pair alone at {hits['nearest_pair']}",
             "subtitle": {
                 "text": "share of tokens whose set of experts changes; intervals are 95%, so one "
                 "in twenty may miss"
@@ -295,7 +295,7 @@ def noise_curves(table: pd.DataFrame) -> Figure:
     with the experts where the noise is nearest to 10% and both flip tokens.
     """
     table = table[table.noise > 0]
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.16)
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.2)
     for column, (value, factor, least, unit, title) in enumerate(
         (
             ("flips", 100, 0, "%", "flipped tokens (%)"),
@@ -327,7 +327,7 @@ def noise_curves(table: pd.DataFrame) -> Figure:
     )
     levels = [100 * noise for noise in sorted(table.noise.unique())]
     figure.update_xaxes(
-        title="noise (% of the root mean square)",
+        title="relative noise (%)",
         type="log",
         tickvals=levels,
         ticktext=[f"{level:.3g}" for level in levels],
@@ -346,8 +346,8 @@ def _noise_title(table: pd.DataFrame) -> dict:
         for what, row in (("router", router.loc[noise]), ("experts", experts.loc[noise]))
     ]
     return {
-        "text": f"At {100 * noise:.3g}% noise the router flips {_of(ratio.flips)} the tokens that "
-        f"the experts flip, at {_of(ratio.kl)} the KL",
+        "text": f"At {100 * noise:.3g}% noise the router flips {_of(ratio.flips)} what the "
+        f"experts flip, at {_of(ratio.kl)} the KL",
         "subtitle": {"text": "; ".join(numbers) + "; flips are of sets, mean over the layers"},
     }
 
@@ -358,7 +358,7 @@ def bits_and_bytes(table: pd.DataFrame) -> Figure:
     `table` has the columns what, bits, kl, kl_low, kl_high (nats per token) and bytes_saved (of
     those in 16 bits). The title speaks of 3 bits, or of the fewest there are.
     """
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.16)
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.2)
     saved = table.bytes_saved / MIB
     whole = table[["kl", "kl_low", "kl_high"]]
     for column, (estimates, least, title, unit) in enumerate(
@@ -413,7 +413,7 @@ def _bytes_title(table: pd.DataFrame) -> dict:
     per_byte = ratio * experts.bytes_saved / router.bytes_saved
     return {
         "text": f"In {bits} bits the router costs {_of(ratio)} the experts' KL, and "
-        f"{_of(per_byte)} theirs for each byte saved",
+        f"{_of(per_byte)} it per byte saved",
         "subtitle": {
             "text": "Simulated: weights rounded, kept in 32 bits; bytes saved against 16 bits; "
             "95% intervals"
@@ -461,8 +461,8 @@ def damage_by_text(table: pd.DataFrame) -> Figure:
     flips = 100 * table[table.what == "router"].flips
     return figure.update_layout(
         title={
-            "text": f"On {texts[0]} the router costs {_of(ratio.iloc[0])} the experts' KL, on "
-            f"{texts[-1]} {_of(ratio.iloc[-1])} it",
+            "text": f"Router: {_of(ratio.iloc[0])} the experts' KL on {texts[0]}, "
+            f"{_of(ratio.iloc[-1]).removesuffix(' of')} on {texts[-1]}",
             "subtitle": {
                 "text": f"noise on the router flips {flips.min():.0f} to {flips.max():.0f}% of the "
                 "tokens on each; 95% intervals"
@@ -492,18 +492,7 @@ def cost_by_margin(table: pd.DataFrame) -> Figure:
             + _RANGE
             + f"<extra>layer {layer}</extra>",
         )
-    ordered = table.sort_values("margin").groupby("layer").kl
-    nearest, farthest = ordered.first().clip(lower=_LEAST_KL), ordered.last()
-    figure.update_layout(
-        title={
-            "text": "Exchanging the second expert costs "
-            f"{_number(farthest.mean() / nearest.mean())} times as much far from a tie as near one",
-            "subtitle": {
-                "text": "the farthest fifth of the tokens over the nearest, mean over the layers; "
-                f"by layer {_span(farthest / nearest)} times; 95% intervals"
-            },
-        }
-    )
+    figure.update_layout(title=_margin_title(table))
     figure.update_xaxes(
         title="margin (logits): middle of a fifth of the tokens",
         type="log",
@@ -514,33 +503,42 @@ def cost_by_margin(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _margin_title(table: pd.DataFrame) -> dict:
+    ordered = table.sort_values("margin").groupby("layer")
+    nearest, farthest = ordered.first(), ordered.last()
+    apart = farthest.low > nearest.high
+    ratio = (farthest.kl / nearest.kl.clip(lower=_LEAST_KL))[apart]
+    times = f", {_span(ratio)} times" if apart.any() else ""
+    return {
+        "text": "Far from a tie another second expert costs more in "
+        f"{apart.sum()} of {len(apart)} layers{times}",
+        "subtitle": {
+            "text": "the farthest fifth of the tokens over the nearest, where their 95% intervals "
+            "do not meet"
+        },
+    }
+
+
 def two_by_two(table: pd.DataFrame) -> Figure:
     """What changed routing and changed weights cost, each alone, as shares of what both cost.
 
-    `table` has the columns where (a text or a model), bits, cell ("routing only", "weights only",
-    "both"), nats (above 0), low and high, in nats per token. What is published has no interval:
-    NaN. The title says how much of the damage a replay of the old routing takes away.
+    `table` has the columns where (a text or a model), bits, cell ("routing only", "weights only"),
+    share (of what both cost), low and high, nats (of the cell) and both (what both cost), in nats
+    per token. What is published has no interval: NaN. What "weights only" leaves to 100% is the
+    damage that a replay of the old routing takes away; the title says how much that is.
     """
-    cells = table.set_index(["where", "bits", "cell"])[["nats", "low", "high"]]
-    both = cells.xs("both", level="cell")
-    labels = pd.Series(
-        [
-            f"{where}, {bits} bits<br>both: {_plain(nats)} nats"
-            for (where, bits), nats in both.nats.items()
-        ],
-        both.index,
-    )
+    cells = table.set_index(["where", "bits", "cell"])
+    places = cells.xs("weights only", level="cell")
+    labels = [
+        f"{where}, {bits} bits<br>both: {_plain(nats)} nats"
+        for (where, bits), nats in places.both.items()
+    ]
     figure = Figure(
-        layout={"template": TEMPLATE, "barmode": "group", "height": 190 + 62 * len(both)}
+        layout={"template": TEMPLATE, "barmode": "group", "height": 190 + 52 * len(places)}
     )
     for cell, color in _CELL_COLORS.items():
-        nats = cells.xs(cell, level="cell").loc[both.index]
-        interval = _with_interval(100 * nats.div(both.nats, axis=0))
-        said = [
-            f"{row.nats:.4g} nats "
-            + (f"[{row.low:.4g}, {row.high:.4g}]" if row.notna().all() else "(no interval)")
-            for _, row in nats.iterrows()
-        ]
+        rows = cells.xs(cell, level="cell").loc[places.index]
+        interval = _with_interval(100 * rows[["share", "low", "high"]])
         figure.add_bar(
             orientation="h",
             y=labels,
@@ -556,14 +554,21 @@ def two_by_two(table: pd.DataFrame) -> Figure:
                     "size": 6,
                 },
             },
-            customdata=said,
-            hovertemplate=f"%{{x:.1f}}%: %{{customdata}}<extra>{cell}</extra>",
+            customdata=[
+                (f" [{100 * row.low:.1f}%, {100 * row.high:.1f}%]" * (not np.isnan(row.low)))
+                + f": {row.nats:.4g} of {row.both:.4g} nats"
+                for row in rows.itertuples()
+            ],
+            hovertemplate=f"%{{x:.1f}}%%{{customdata}}<extra>{cell}</extra>",
         )
-    figure.update_layout(title=_replay_title(cells), legend={"traceorder": "normal"})
-    figure.update_xaxes(title="share of what both cost (%)")
+    figure.add_vline(x=100, line={"color": INK, "width": 1.5})
+    figure.update_layout(
+        title=_replay_title(places), legend={"traceorder": "normal"}, margin={"t": 80}
+    )
+    figure.update_xaxes(title="share of what both cost (%)", rangemode="tozero")
     figure.update_yaxes(
         categoryorder="array",
-        categoryarray=list(labels),
+        categoryarray=labels,
         range=[len(labels) - 0.5, -0.5],
         ticks="",
         ticksuffix=" ",
@@ -572,17 +577,19 @@ def two_by_two(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _replay_title(cells: pd.DataFrame) -> dict:
-    nats = cells.nats.unstack("cell")
-    regained = 100 * (1 - nats["weights only"] / nats["both"])
-    published = cells.low.isna().groupby(["where", "bits"]).all()
-    by_place = regained[~published].groupby("where", sort=False)
-    places = [f"{_span(values)}% on {where}" for where, values in by_place]
-    sources = [f"{value:.0f}% on {where}" for (where, _), value in regained[published].items()]
+def _replay_title(weights_only: pd.DataFrame) -> dict:
+    regained = 100 * (1 - weights_only[["share", "low", "high"]])
+    published = regained.low.isna()
+    places = []
+    for where, rows in regained[~published].groupby("where", sort=False):
+        from_nothing = rows.high.min() <= 0  # the shares' upper ends are the lower ends here
+        span = f"up to {_number(rows.share.max())}" if from_nothing else _span(rows.share)
+        places.append(f"{span}% on {where}")
+    sources = [f"{row.share:.0f}% on {row.Index[0]}" for row in regained[published].itertuples()]
     return {
         "text": f"The old routing regains {', '.join(places)}",
         "subtitle": {
-            "text": "KL that replaying it takes away, with 95% intervals"
+            "text": 'of the KL: what "weights only" leaves to 100%; 95% intervals of the shares'
             + "".join(f"; published: {source}" for source in sources)
         },
     }

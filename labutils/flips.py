@@ -142,7 +142,7 @@ def divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """The sum of p log(p / q), (...), in nats, in float64; the logits (..., choices) give p and q.
 
     0 where nothing changed and never negative (Kullback and Leibler 1951). What the reference holds
-    impossible (a logit of minus infinity) counts nothing.
+    impossible (a logit of minus infinity) counts nothing; logits that are NaN give NaN.
     """
     choices = logits.shape[-1]
     pieces = zip(
@@ -158,7 +158,7 @@ def divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
 def _divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     before, after = (each.double().log_softmax(dim=-1) for each in (reference_logits, logits))
     p = before.exp()
-    return torch.where(p > 0, p * (before - after), 0).sum(dim=-1).clamp(min=0)
+    return torch.where(p == 0, 0, p * (before - after)).sum(dim=-1).clamp(min=0)
 
 
 def margins(routing: Routing) -> Tensor:
@@ -222,17 +222,24 @@ def reroute(routing: Routing, logits: Tensor) -> Routing:
     probabilities, divided by their sum (Mixtral, Qwen3-MoE) or as they are (OLMoE), whichever is
     nearer to what is seen.
 
-    Raises ValueError for a router that chooses or weighs its experts in another way.
+    Raises ValueError for a router that chooses or weighs its experts in another way, and for logits
+    of another shape.
     """
+    if logits.shape != routing.logits.shape:
+        raise ValueError(
+            f"The new logits have shape {tuple(logits.shape)}, the router's have "
+            f"{tuple(routing.logits.shape)}: give one for each token and expert."
+        )
     top_k, dtype = routing.chosen.shape[1], routing.weights.dtype
 
     def error(divided: bool) -> float:
         expected = _decided(routing.logits, top_k, divided, dtype).weights
-        return (routing.weights - expected).abs().max().item()
+        errors = (routing.weights - expected).abs()
+        return errors.max().item() if errors.numel() else 0.0
 
     errors = {divided: error(divided) for divided in (True, False)}
     divided = min(errors, key=errors.get)
-    if errors[divided] > RULE_TOLERANCE:
+    if not errors[divided] <= RULE_TOLERANCE:
         raise ValueError(
             "The router's weights are neither the largest probabilities of its experts nor those "
             "divided by their sum: what it would decide on other logits is not known here."
@@ -263,10 +270,13 @@ class Recording:
 def record(model: nn.Module, token_ids: Tensor) -> Recording:
     """Read `token_ids` (pages, tokens), all in one pass, and keep what each router said.
 
+    Pages without padding: every token that is given is read, and counted.
+
     >>> record(model, token_ids).routings[0].chosen.shape  # 8 pages of 256 tokens, 2 of 8 experts
     torch.Size([2048, 2])
 
-    Raises ValueError for a model without routers that are known here; see the module.
+    Raises ValueError for a model without routers that are known here (see the module) or without
+    logits, and for token ids of another shape.
     """
     said: list[Routing] = []
 
@@ -288,7 +298,8 @@ def replay(model: nn.Module, recording: Recording) -> Recording:
     what the model itself decided gives exactly its own logits. (Not to the last bit where a token
     goes to more than two experts of DeepSeek-V2, whose router leaves them unsorted.)
 
-    Raises ValueError if the recording is of a model with another number of MoE layers or experts.
+    Raises ValueError if the recording is of a model with another number of MoE layers or experts,
+    or of another number of tokens than it says.
     """
     _check_fits(model, recording)
     said: list[Routing] = []
@@ -311,6 +322,9 @@ def intercepted(model: nn.Module, intercept: Callable[[int, Routing], Routing]) 
     `layer` counts the MoE layers from 0. What it returns is used by the experts; returned as it
     came, nothing changes. No hook stays behind, after an error either.
 
+    Raises ValueError, in the model's forward pass, for a decision that is no `Routing` of the
+    same tokens and experts.
+
     Example: the least probable experts instead of the most probable ones.
 
         with intercepted(model, lambda layer, routing: reroute(routing, -routing.logits)):
@@ -322,6 +336,7 @@ def intercepted(model: nn.Module, intercept: Callable[[int, Routing], Routing]) 
             routing = _routing_of(router, answer)
             decided = intercept(layer, routing)
             if decided is not routing:
+                _check_decision(layer, routing, decided)
                 return decided.logits, decided.weights, decided.chosen
 
         return hook
@@ -369,6 +384,28 @@ def _routing_of(router: nn.Module, answer) -> Routing:
     return Routing(logits, weights, chosen)
 
 
+def _check_decision(layer: int, routing: Routing, decided: Routing) -> None:
+    if not isinstance(decided, Routing):
+        raise ValueError(
+            f"In layer {layer} the intercept returned {decided!r}; it must return a Routing, the "
+            "one it was given or another."
+        )
+    for name in ("logits", "weights", "chosen"):
+        wanted, found = getattr(routing, name).shape, getattr(decided, name).shape
+        if wanted != found:
+            raise ValueError(
+                f"In layer {layer} the intercept returned {name} of shape {tuple(found)}; the "
+                f"router decided {tuple(wanted)}."
+            )
+    if decided.chosen.numel():
+        first, last = (end.item() for end in decided.chosen.aminmax())
+        if first < 0 or last >= routing.experts:
+            raise ValueError(
+                f"In layer {layer} the intercept chose experts {first} to {last}; there are 0 to "
+                f"{routing.experts - 1}."
+            )
+
+
 def _check_fits(model: nn.Module, recording: Recording) -> None:
     here = [block.gate.weight.shape[0] for block in moe_blocks(model)]
     there = [routing.experts for routing in recording.routings]
@@ -377,11 +414,28 @@ def _check_fits(model: nn.Module, recording: Recording) -> None:
             f"The recording has {len(there)} MoE layers with {there} experts, this model "
             f"{len(here)} with {here}: replay what the same architecture decided."
         )
+    tokens = {len(routing.chosen) for routing in recording.routings}
+    if tokens != {recording.token_ids.numel()}:
+        raise ValueError(
+            f"The recording is of {sorted(tokens)} routed tokens and {recording.token_ids.numel()} "
+            "token ids: replay it on the text that it was recorded on."
+        )
 
 
 @torch.no_grad()
 def _answer(model: nn.Module, token_ids: Tensor) -> Tensor:
-    return model(input_ids=token_ids.to(model.device), use_cache=False).logits.cpu()
+    if token_ids.dim() != 2 or not token_ids.numel():
+        raise ValueError(
+            f"The token ids have shape {tuple(token_ids.shape)}: give (pages, tokens), at least "
+            "one of each."
+        )
+    answer = model(input_ids=token_ids.to(model.device), use_cache=False)
+    if not hasattr(answer, "logits"):
+        raise ValueError(
+            f"{type(model).__name__} gives no logits; load it with its output head, as "
+            "AutoModelForCausalLM does."
+        )
+    return answer.logits.cpu()
 
 
 def _on(routing: Routing, device) -> Routing:

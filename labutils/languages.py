@@ -193,6 +193,8 @@ def pages(
 def passages(page: str) -> list[Passage]:
     """The whole lines of a page; the one that is cut at its end is left out.
 
+    Raises ValueError for a line that is not of the form `language prompt > answer`.
+
     >>> passages("sum 1+2 > 3\\nsort 21 > 12\\nsum 4")[1]
     Passage(language='sort', start=12, answer=22, stop=25)
     """
@@ -200,6 +202,11 @@ def passages(page: str) -> list[Passage]:
     for line in page.splitlines(keepends=True):
         stop = start + len(line)
         if line.endswith("\n"):
+            if " > " not in line or line.split(" ", 1)[0] not in LANGUAGES:
+                raise ValueError(
+                    f"The line {line.rstrip()!r} is of none of the languages; write it like "
+                    "'sum 1+2 > 3'."
+                )
             answer = start + line.index(" > ") + len(" > ")
             found.append(Passage(line.split(" ", 1)[0], start, answer, stop))
         start = stop

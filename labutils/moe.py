@@ -39,7 +39,8 @@ class Routing:
 
     `logits` (tokens, experts) is what the router said, `chosen` (tokens, top_k) which experts that
     chose, the most probable first, and `weights` (tokens, top_k) how much each of them counts, in
-    float32. A row of weights adds up to 1. The leading axes of a batch are flattened into tokens.
+    float32. A row of weights adds up to 1; with OLMoE, which does not divide them by their sum, to
+    less. The leading axes of a batch are flattened into tokens.
     """
 
     logits: Tensor

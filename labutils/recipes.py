@@ -52,6 +52,14 @@ class Recipe:
     double_quant: bool = True
     overrides: Mapping[str, str] = field(default_factory=dict, hash=False)
 
+    @classmethod
+    def keeping(cls, format: str, **choices) -> "Recipe":
+        """`format` for every component that `choices` does not name.
+
+        To change one thing alone in a model of 32 bits: `Recipe.keeping("fp32", experts="int3")`.
+        """
+        return cls(**dict.fromkeys(cls().components, format) | choices)
+
     def __post_init__(self):
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides maps paths to formats, and is a {type(self.overrides)}.")
@@ -166,7 +174,9 @@ def simulated(model: torch.nn.Module, recipe: Recipe) -> Iterator[None]:
     error too, the weights are what they were, to the last bit; until then a copy of those that
     changed is kept.
 
-    Example: `with simulated(model, Recipe(experts="int3")): cross_entropy(model, tokenizer)`.
+    Example: `with simulated(model, Recipe(experts="int3")): cross_entropy(model, tokenizer)`. On a
+    model in float32 that rounds all other components to bf16 too, for so the recipe would store
+    them; `Recipe.keeping("fp32", experts="int3")` leaves them alone.
 
     Raises ValueError, before anything is changed, for an override that fits no part of the model,
     and for a model that is already quantized.

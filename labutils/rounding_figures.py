@@ -261,12 +261,11 @@ def _methods_title(table: pd.DataFrame) -> dict:
     for format, rows in table.groupby("format", sort=False):
         best = rows.loc[rows.kl.idxmin()]
         plain = rows[rows.method == "rtn"].kl.item()
-        said.append(f"{plain / best.kl:.1f} times at {format}")
+        said.append(f"{plain / best.kl:.1f} at {format}")
     return {
-        "text": f"The best method has a smaller KL: {', '.join(said)}",
+        "text": f"The best method has a KL smaller by a factor of {', '.join(said)}",
         "subtitle": {
-            "text": f"KL of plain rounding over that of the best; intervals are 95% over pages; "
-            f"{_SIMULATED}"
+            "text": f"plain rounding over the best; 95% intervals over pages; {_SIMULATED}"
         },
     }
 

@@ -68,6 +68,9 @@ class Disturbance:
     def __post_init__(self):
         if self.what not in WHAT:
             raise ValueError(f"{self.what!r} cannot be disturbed; {', '.join(WHAT)} can.")
+        for name in ("bits", "layer", "expert"):
+            if not isinstance(getattr(self, name), int | None) or getattr(self, name) is True:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number, or None.")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise={self.noise}: relative noise is 0 or larger, and finite.")
         if self.expert is not None and self.what != "experts":
@@ -78,19 +81,21 @@ class Disturbance:
             raise ValueError(f"bits={self.bits}: weights are rounded to 2 to 8 bits.")
 
     def recipe(self, dtype: torch.dtype = torch.float32) -> Recipe:
-        """What rounds the weights in this way, and leaves all else in `dtype`."""
-        kept = next(name for name, format in FORMATS.items() if format.dtype == dtype)
+        """What rounds the weights in this way, and leaves all else in `dtype`.
+
+        Raises ValueError for noise, which no recipe has, and for a dtype that is no format.
+        """
+        kept = next((name for name, format in FORMATS.items() if format.dtype == dtype), None)
+        if self.bits is None or kept is None:
+            raise ValueError(f"{self}, all else in {dtype}: no recipe stores weights like that.")
         layer = "*" if self.layer is None else self.layer
         path = f"layers.{layer}.{self.what}" + ("" if self.expert is None else f".{self.expert}")
-        return Recipe(
-            **dict.fromkeys(Recipe().components, kept),
-            double_quant=False,
-            overrides={path: f"int{self.bits}"},
-        )
+        return Recipe.keeping(kept, double_quant=False, overrides={path: f"int{self.bits}"})
 
     def __str__(self):
         what = self.what if self.expert is None else f"expert {self.expert}"
-        place = what if self.layer is None else f"{what} of layer {self.layer}"
+        everywhere = "" if self.expert is None else " of every layer"
+        place = what + (everywhere if self.layer is None else f" of layer {self.layer}")
         if self.bits is not None:
             return f"{place} in {self.bits} bits"
         return f"{100 * self.noise:g}% noise on {place}"
@@ -163,7 +168,7 @@ class Shaker:
     alone, once anything has changed, flips some tokens in a thousand.
 
     Raises ValueError for a model in training mode, which may read the same text differently each
-    time, and for one that has layers without experts.
+    time, for one that has layers without experts, and for one whose logits are not finite.
     """
 
     def __init__(
@@ -173,6 +178,7 @@ class Shaker:
         drawn = languages.pages(pages, torch.Generator().manual_seed(0), held_out=True)
         self.model, self.exam = model, exam(tokenizer, drawn)
         self.reference: Recording = record(model, self.exam.token_ids)
+        _check_finite(self.reference.logits)
         self._nats = nats_by_token(self.reference.logits, self.exam.token_ids)
         self._right = self.exam.right(self.reference.logits)
         generator = generator or torch.Generator().manual_seed(0)
@@ -188,6 +194,14 @@ class Shaker:
         with self.disturbed(disturbance):
             seen = record(self.model, self.exam.token_ids)
         return self.judged(disturbance, seen)
+
+    def takes_noise(self, weights: str) -> bool:
+        """Whether all of "router", "experts" or "attention" is stored in 16 or 32 bits."""
+        return all(
+            parameter.is_floating_point()
+            for name, parameter in self.model.named_parameters()
+            if part_of(name).component == weights
+        )
 
     def judged(self, disturbance: Disturbance, seen: Recording) -> Shaken:
         """What `seen`, a reading of the exam, differs in from the undisturbed reading."""
@@ -317,6 +331,14 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             f"{blocks} of the model's {layers} layers have experts; a shaker wants them in all, so "
             "that a layer has one number."
+        )
+
+
+def _check_finite(logits: Tensor) -> None:
+    if wrong := int((~logits.isfinite()).sum()):
+        raise ValueError(
+            f"{wrong:,} of the undisturbed model's {logits.numel():,} logits are not finite: its "
+            "weights, or their dtype, are broken before anything is disturbed."
         )
 
 

@@ -24,8 +24,8 @@ from .style import COLORS, INK, TEMPLATE
 _FLIPPED, _KEPT = "#D55E00", "#9CC8E3"
 _KINDS = (
     ("another set", "set_changed", _FLIPPED),
-    ("another first", "top1_changed", "#E69F00"),
     ("order only", "order_changed", "#F7E3BD"),
+    ("first of either", "top1_changed", "#E69F00"),
 )
 # Shades of flips follow the square root of the share, so that few can be told from none: grey.
 _SHADES = [
@@ -138,12 +138,13 @@ def _gauges(shaken: Shaken) -> _Panel:
         int(which.sum())
         for which in (shaken.right, shaken.reference_right, shaken.right & shaken.reference_right)
     )
+    won = f", {right - still} new" if right > still else ""
     flips = bootstrap(lambda flips: 100 * flips, shaken.set_changed)
     kl = bootstrap(lambda kl: kl, shaken.kl)
     rise = bootstrap(lambda after, before: after - before, shaken.nats, shaken.reference_nats)
     gauges = (
         _Gauge(
-            f"<b>{_percent(shaken.flip_rate)}</b> of tokens flip",
+            f"<b>{_percent(shaken.flip_rate)}</b> of tokens flip per layer",
             f"{flips:.3f}% of the tokens",
             flips,
             {f"{share}%": share for share in (0, 25, 50, 75, 100)},
@@ -169,7 +170,7 @@ def _gauges(shaken: Shaken) -> _Panel:
             _LEAST_LOSS,
         ),
         _Gauge(
-            f"<b>{right}</b> of {answers} answers right",
+            f"<b>{right}</b> of {answers} answers right{won}",
             f"{right} of {answers} right; {still} of the {before} that were right before",
             Interval(right, right, right),
             {"0": 0, f"before {before}": before},
@@ -463,7 +464,7 @@ def _margins(margin: Tensor, flipped: Tensor, seen: str) -> _Panel:
         ),
     }
     key = _key((("flip", _FLIPPED), ("stay", _KEPT)))
-    title = f"<b>Margins</b>, {seen}: {key}  \u2501 share of flips"
+    title = f"<b>Tokens by margin</b>, {seen}: {key}  \u2501 share of flips"
     return _Panel([*traces, share], axes, [_note(title, 0.525, _RIVER[1])])
 
 

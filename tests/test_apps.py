@@ -22,6 +22,7 @@ from labutils.damage import Damage
 from labutils.ledger import ledger_of
 from labutils.meter import MIB, Meter, mark
 from labutils.moe import MoELayer, route
+from labutils.recipes import Recipe
 from labutils.shaker import Shaker
 from labutils.style import changeable
 
@@ -426,6 +427,13 @@ def test_a_disturbance_stays_in_its_layer_and_its_expert(shaken):
     whole = rate(shaken)
     shaken.what.value = "experts"
     assert shaken.expert.disabled and rate(shaken) > whole
+
+
+def test_a_router_in_4_bits_is_shaken_by_its_logits():
+    model = load(standin.PATH, Recipe(router="nf4"), device_map="cpu")
+    rows, chart, _errors = apps.shaker(Shaker(model, standin.tokenizer(), pages=2)).children
+    assert rows.children[0].value == "router logits"
+    assert chart.layout.title.text.startswith("20% noise on router logits: ")
 
 
 def test_only_stored_weights_are_rounded(shaken):

@@ -78,7 +78,8 @@ def sweep_of(**rises: tuple[float, ...]) -> dict:
 def test_loss_curves_name_what_suffers_and_until_when(experts, attention, said):
     sweep = sweep_of(experts=experts, attention=attention)
     figure = cost_figures.loss_by_bits(sweep, WHOLE)
-    assert said in figure.layout.title.text and "from 4 bits on" in figure.layout.title.text
+    assert said in figure.layout.title.text
+    assert "from 4 bits on neither costs" in figure.layout.title.subtitle.text
     assert [line.name for line in figure.data] == ["experts", "attention"]
     np.testing.assert_allclose(figure.data[0].customdata, experts, atol=1e-9)
     assert min(figure.data[1].y) == pytest.approx(1e-4), "noise is drawn at the lower edge"

@@ -269,11 +269,23 @@ def test_a_page_without_a_whole_line_has_no_answers(tokenizer):
     assert none.by_page(right).tolist() == [0]
 
 
-def test_pages_of_different_lengths_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"\[13, 14\] tokens"):
-        exam(tokenizer, ["sum 1+2 > 3\n", "sum 1+2 > 31\n"])
-    with pytest.raises(ValueError, match="at least one page"):
-        exam(tokenizer, [])
+def test_pages_of_different_lengths_are_cut_to_the_shortest(tokenizer):
+    sheet = exam(tokenizer, ["sum 1+2 > 3\n", "sum 1+2 > 3\nsort 21 > 12\n", "sum 1+2 > 31\n"])
+    assert sheet.token_ids.shape == sheet.languages.shape == (3, 13)
+    assert [answer.page for answer in sheet.answers] == [0, 1], "the third one's newline is cut"
+    assert (sheet.languages[:, 1:] == "sum").all()
+
+
+@pytest.mark.parametrize("nothing", [[], "sum 1+2 > 3\n"])
+def test_no_list_of_pages_is_refused(tokenizer, nothing):
+    with pytest.raises(ValueError, match="a list of at least one page"):
+        exam(tokenizer, nothing)
+
+
+def test_answers_to_other_pages_are_refused(tokenizer):
+    sheet = exam(tokenizer, page_by_page(2))
+    with pytest.raises(ValueError, match=r"\(1, 256\) pages and tokens, the exam has \(2, 256\)"):
+        sheet.right(torch.zeros(1, 256, 64))
 
 
 def test_the_mean_surprise_is_the_cross_entropy(model, tokenizer):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,15 @@ def test_what_has_become_impossible_is_infinitely_far_and_what_was_counts_nothin
     whole, cut = torch.zeros(1, 2), torch.tensor([[0.0, -torch.inf]])
     assert compare(route(cut, 1), route(whole, 1)).kl == pytest.approx(math.log(2))
     assert compare(route(whole, 1), route(cut, 1)).kl == math.inf
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_divergence_from_or_to_what_is_no_number_is_none(broken):
+    """0 would say that nothing changed."""
+    whole, other = torch.zeros(2, 3), torch.zeros(2, 3)
+    other[1, 2] = broken
+    for pair in ((whole, other), (other, whole), (other, other)):
+        assert divergence(*pair).isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("change", [1e-7, 1e-5, 1e-3])
@@ -355,6 +365,19 @@ def test_other_rules_are_refused():
     for limited in (weights, weights / weights.sum(dim=-1, keepdim=True)):
         with pytest.raises(ValueError, match="neither the largest probabilities"):
             reroute(Routing(routing.logits, limited, chosen), routing.logits)
+
+
+@pytest.mark.parametrize("shape", [(49, 16), (50, 15), (50,)])
+def test_logits_of_other_tokens_or_experts_are_refused(shape):
+    routing = route(torch.randn(50, 16, generator=generator(0)), 2)
+    with pytest.raises(ValueError, match=r"the router's have \(50, 16\)"):
+        reroute(routing, torch.zeros(shape))
+
+
+def test_a_broken_routing_has_no_rule():
+    broken = route(torch.full((3, 4), torch.nan), 2)
+    with pytest.raises(ValueError, match="neither the largest probabilities"):
+        reroute(broken, torch.zeros(3, 4))
 
 
 # ------------------------------------------------------------------------- recorded and replayed
@@ -586,6 +609,49 @@ def test_no_hook_stays_after_an_error(mixtral, monkeypatch):
     with pytest.raises(Interrupted):
         replay(mixtral, recording)
     assert hooks(mixtral) == before
+
+
+@pytest.mark.parametrize(
+    ("decide", "message"),
+    [
+        (lambda old: None, "layer 0 the intercept returned None; it must return a Routing"),
+        (
+            lambda old: Routing(old.logits, old.weights, old.chosen + 8),
+            r"chose experts \d+ to \d+; there are 0 to 7",
+        ),
+        (lambda old: Routing(old.logits, old.weights, old.chosen - 8), "chose experts -"),
+        (
+            lambda old: Routing(old.logits, old.weights, old.chosen[:, :1]),
+            r"returned chosen of shape \(\d+, 1\); the router decided \(\d+, 2\)",
+        ),
+        (lambda old: Routing(old.logits[:1], old.weights, old.chosen), "logits of shape"),
+    ],
+)
+def test_an_impossible_decision_is_refused(mixtral, decide, message):
+    before = hooks(mixtral)
+    with (
+        pytest.raises(ValueError, match=message),
+        intercepted(mixtral, lambda _layer, routing: decide(routing)),
+    ):
+        answer(mixtral, TOKENS)
+    assert hooks(mixtral) == before
+
+
+@pytest.mark.parametrize("token_ids", [TOKENS[0], TOKENS[:0], TOKENS[:, :0]])
+def test_what_is_no_page_is_refused(mixtral, token_ids):
+    with pytest.raises(ValueError, match=r"give \(pages, tokens\), at least one"):
+        record(mixtral, token_ids)
+
+
+def test_a_model_without_a_head_is_refused(mixtral):
+    with pytest.raises(ValueError, match="MixtralModel gives no logits; load it with its output"):
+        record(mixtral.model, TOKENS)
+
+
+def test_the_recording_of_another_text_is_refused(mixtral):
+    recording = record(mixtral, TOKENS)
+    with pytest.raises(ValueError, match="replay it on the text that it was recorded on"):
+        replay(mixtral, replace(recording, token_ids=TOKENS[:, :-1]))
 
 
 def test_a_model_without_routers_is_refused():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 
 import pytest
 import torch
@@ -141,6 +142,9 @@ def test_a_known_page_is_taken_apart():
     ]
     assert passages("") == passages("sum 1+2 > 3") == passages("sum 1+2 >") == []
     assert len(passages("sum 1+2 > 3\nsort 21 > 12\n")) == 2
+    for line in ("hello", "12+13 > 25", "add 1+2 > 3"):
+        with pytest.raises(ValueError, match=f"The line '{re.escape(line)}' is of none"):
+            passages(f"sum 1+2 > 3\n{line}\n")
 
 
 @settings(deadline=None)

@@ -82,6 +82,16 @@ def test_views_are_not_compared_and_enough_text_is(notebook: NotebookNode) -> No
     assert sum(map(compared, cells)) >= FEWEST_COMPARED
 
 
+def test_titles_are_not_cut_off(notebook: NotebookNode) -> None:
+    """A figure 700 pixels wide, as a narrow window or a stored picture, holds so many letters."""
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            title = output.get("data", {}).get(PLOTLY, {}).get("layout", {}).get("title", {})
+            subtitle = title.get("subtitle", {})
+            assert max(map(len, title.get("text", "").split("<br>"))) <= 86, title["text"]
+            assert max(map(len, subtitle.get("text", "").split("<br>"))) <= 110, subtitle["text"]
+
+
 def test_hides_nothing_from_nbval(notebook: NotebookNode) -> None:
     for cell in code_cells(notebook):
         assert "NBVAL_" not in cell.source

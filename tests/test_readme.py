@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path, PurePosixPath
 
 import nbformat
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,6 +34,13 @@ def drawn() -> list[tuple[PurePosixPath, str]]:
         folders[depth:] = [path] if name.endswith("/") else []
         paths.append((path, gloss))
     return paths
+
+
+def test_the_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    lines = re.findall(r"^layer \d: \d+% of the tokens flip$", capsys.readouterr().out, re.M)
+    assert len(lines) == 4
 
 
 def test_every_path_in_the_map_has_one_gloss() -> None:

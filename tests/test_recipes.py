@@ -23,6 +23,12 @@ def test_experts_in_nf4_and_everything_else_in_16_bits_is_the_default():
     assert recipe.format_of(Part("norms", layer=0)) is None
 
 
+def test_all_but_one_thing_can_be_kept():
+    recipe = Recipe.keeping("fp32", experts="int3", block_size=128)
+    assert {name for name in recipe.components if getattr(recipe, name) != "fp32"} == {"experts"}
+    assert (recipe.experts, recipe.block_size) == ("int3", 128)
+
+
 @pytest.mark.parametrize(
     ("path", "covers"),
     [

@@ -62,7 +62,7 @@ def test_methods_are_compared_by_the_best_of_each_format():
     ]
     table = pd.DataFrame(rows, columns=columns)
     figure = methods_compared(table.assign(kl_low=table.kl * 0.9, kl_high=table.kl * 1.2))
-    assert figure.layout.title.text.endswith("KL: 4.0 times at int2, 2.0 times at int3")
+    assert figure.layout.title.text.endswith("a factor of 4.0 at int2, 2.0 at int3")
     assert "simulated" in figure.layout.title.subtitle.text
     assert [bar.name for bar in figure.data[::2]] == [
         "RTN",

@@ -425,6 +425,11 @@ def test_of_a_stored_model_what_is_in_16_bits_can_be_shaken(stored_shaker, what)
     assert torch.equal(again.logits, before)
 
 
+def test_it_says_which_weights_take_noise(stored_shaker):
+    weights = ("router", "experts", "attention")
+    assert [name for name in weights if stored_shaker.takes_noise(name)] == ["router"]
+
+
 @pytest.mark.parametrize("what", ["experts", "attention", CONTROL])
 def test_what_is_stored_in_4_bits_takes_no_noise(stored_shaker, what):
     with pytest.raises(ValueError, match=r"is stored as torch\.uint8, to which no noise"):
@@ -484,6 +489,9 @@ def test_other_families_are_shaken_in_every_way(family):
         ({"what": CONTROL, "bits": 3}, "Only weights are rounded"),
         ({"what": "router", "bits": 0}, "bits=0: weights are rounded to 2 to 8 bits"),
         ({"what": "router", "bits": 9}, "bits=9: weights are rounded to 2 to 8 bits"),
+        ({"what": "router", "bits": 3.0}, r"bits=3\.0: a whole number"),
+        ({"what": "router", "noise": 0.1, "layer": 1.5}, r"layer=1\.5: a whole number"),
+        ({"what": "experts", "noise": 0.1, "expert": True}, "expert=True: a whole number"),
     ],
 )
 def test_what_cannot_be_disturbed_is_refused(mistake, message):
@@ -506,12 +514,29 @@ def test_a_place_that_is_not_there_is_refused(shaker, place, much):
         (Disturbance("experts", bits=3, layer=2, expert=5), "expert 5 of layer 2 in 3 bits"),
         (Disturbance("router", bits=4), "router in 4 bits"),
         (Disturbance("router logits", noise=0.1, layer=0), "10% noise on router logits of layer 0"),
-        (Disturbance("experts", noise=0.3, expert=0), "30% noise on expert 0"),
+        (Disturbance("experts", noise=0.3, expert=0), "30% noise on expert 0 of every layer"),
         (Disturbance(CONTROL, noise=0.005), "0.5% noise on as many expert weights"),
     ],
 )
 def test_a_disturbance_says_what_it_is(disturbance, text):
     assert str(disturbance) == text
+
+
+def test_noise_is_no_recipe():
+    with pytest.raises(
+        ValueError, match=r"10% noise on router, all else in torch\.float32: no reci"
+    ):
+        Disturbance("router", noise=0.1).recipe()
+    with pytest.raises(ValueError, match=r"all else in torch\.float64: no recipe"):
+        Disturbance("router", bits=3).recipe(torch.float64)
+
+
+def test_a_broken_model_is_refused(model):
+    """Beside NaN nothing could be told from nothing."""
+    broken = copy.deepcopy(model)
+    broken.model.layers[0].self_attn.q_proj.weight.detach()[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"16,384 of the undisturbed model's 16,384 logits are"):
+        Shaker(broken, standin.tokenizer(), pages=1)
 
 
 def test_a_model_in_training_mode_is_refused(model):

@@ -199,6 +199,7 @@ def test_answers_lost_and_won_are_told_apart():
     assert figure.layout.title.subtitle.text.endswith("simulated")
     answers = traces(figure)["answers"]
     assert answers.x[0] == 2
+    assert "<b>2</b> of 3 answers right, 1 new" in [n.text for n in figure.layout.annotations]
     assert answers.hovertemplate.startswith("2 of 3 right; 1 of the 2 that were right before")
 
 
