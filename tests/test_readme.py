@@ -37,7 +37,7 @@ def drawn() -> list[tuple[PurePosixPath, str]]:
 
 
 def test_the_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+    _hub, code = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
     exec(compile(code, "README.md", "exec"), {})
     lines = re.findall(r"^layer \d: \d+% of the tokens flip$", capsys.readouterr().out, re.M)
     assert len(lines) == 4
