@@ -1,5 +1,7 @@
 import json
+import resource
 import shutil
+import sys
 
 import pytest
 import torch
@@ -110,6 +112,19 @@ def test_logits_equal_a_model_that_carries_the_dequantized_weights(published, fl
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
     return ((result.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts glibc's page faults")
+@torch.no_grad()
+def test_after_a_load_a_forward_pass_fetches_no_memory_anew():
+    """What loading hands back at once, running keeps: each page would be a fault in each pass."""
+    model = load(standin.PATH, Recipe(experts="nf4", attention="nf4"), device_map="cpu")
+    token_ids = torch.zeros(8, 256, dtype=torch.long)
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        model(input_ids=token_ids, use_cache=False)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 1500, f"{faults} pages of 4 KiB; some 15,000 when all is handed back"
 
 
 def test_the_stock_route_leaves_the_experts_in_16_bits(published):
