@@ -285,8 +285,24 @@ def bootstrap(
             f"The samples have {sorted(counts)} pages: give the same pages to all, at least 2."
         )
     rows = [row.reshape(len(row), -1).mean(axis=1) for row in rows]
+    found = _resampled(rows, statistic, generator)
+    estimate = statistic(*(row.mean() for row in rows))
+    return Interval(float(estimate), float(found.low), float(found.high))
+
+
+def mean_intervals(columns: np.ndarray, generator: torch.Generator | None = None) -> list[Interval]:
+    """`bootstrap` of the mean of each of `columns` (pages, columns), all with the same drawn pages.
+
+    Many intervals in hardly more time than one.
+    """
+    found = _resampled([columns], lambda means: means, generator)
+    ends = zip(columns.mean(axis=0), found.low, found.high, strict=True)
+    return [Interval(*map(float, each)) for each in ends]
+
+
+def _resampled(rows: list[np.ndarray], statistic: Callable, generator: torch.Generator | None):
     generator = generator or torch.Generator().manual_seed(0)
-    found = stats.bootstrap(
+    return stats.bootstrap(
         rows,
         lambda *drawn, axis: statistic(*(sample.mean(axis=axis) for sample in drawn)),
         paired=True,
@@ -295,5 +311,3 @@ def bootstrap(
         n_resamples=2000,
         rng=np.random.default_rng(int(torch.randint(2**62, (), generator=generator))),
     ).confidence_interval
-    estimate = statistic(*(row.mean() for row in rows))
-    return Interval(float(estimate), float(found.low), float(found.high))

@@ -16,7 +16,7 @@ import torch
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from .evaluate import Interval, bootstrap
+from .evaluate import Interval, bootstrap, mean_intervals
 from .flips import margins
 from .shaker import Shaken
 from .style import COLORS, INK, TEMPLATE
@@ -275,14 +275,17 @@ def _languages(shaken: Shaken) -> _Panel:
 
 
 def _kinds(shaken: Shaken) -> _Panel:
-    pages = len(shaken.kl)
-    names = [str(layer) for layer in range(len(shaken.flips))]
+    pages, layers = len(shaken.kl), len(shaken.flips)
+    names = [str(layer) for layer in range(layers)]
+    shares = [
+        100 * getattr(flips, kind).view(pages, -1).double().mean(dim=1).numpy()
+        for _, kind, _ in _KINDS
+        for flips in shaken.flips
+    ]
+    every = mean_intervals(np.stack(shares, axis=1))
     traces, highest = [], 0.0
     for place, (name, kind, color) in enumerate(_KINDS):
-        rates = [
-            bootstrap(lambda changed: 100 * changed, getattr(flips, kind).view(pages, -1))
-            for flips in shaken.flips
-        ]
+        rates = every[place * layers : (place + 1) * layers]
         highest = max(highest, *(rate.high for rate in rates))
         traces.append(
             {

@@ -20,6 +20,7 @@ from labutils.evaluate import (
     exam,
     kl,
     kl_by_token,
+    mean_intervals,
     nats_by_token,
     right_answers,
     task_accuracy,
@@ -302,6 +303,15 @@ def test_the_mean_surprise_is_the_cross_entropy(model, tokenizer):
 
 
 # -------------------------------------------------------------------------------------- intervals
+
+
+def test_many_means_have_the_intervals_that_each_has_by_itself():
+    columns = np.random.default_rng(0).normal(size=(12, 5))
+    together = mean_intervals(columns)
+    for column, interval in zip(columns.T, together, strict=True):
+        alone = bootstrap(mean, column)
+        assert interval.estimate == pytest.approx(alone.estimate)
+        assert (interval.low, interval.high) == pytest.approx((alone.low, alone.high))
 
 
 def mean(values):
