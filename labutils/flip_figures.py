@@ -9,7 +9,7 @@ less"; the hover has the exact value.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -295,33 +295,14 @@ def noise_curves(table: pd.DataFrame) -> Figure:
     with the experts where the noise is nearest to 10% and both flip tokens.
     """
     table = table[table.noise > 0]
+    percent = 100 * table.noise
+    said = percent.map("{:g}% noise".format)
+    flips, kl = (table[[value, f"{value}_low", f"{value}_high"]] for value in ("flips", "kl"))
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.2)
-    for column, (value, factor, least, unit, title) in enumerate(
-        (
-            ("flips", 100, 0, "%", "flipped tokens (%)"),
-            ("kl", 1, _LEAST_KL, " nats", "KL from the undisturbed model<br>(nats per token)"),
-        ),
-        start=1,
-    ):
-        estimates = factor * table[[value, f"{value}_low", f"{value}_high"]]
-        axis = _LogAxis.over(estimates, least)
-        for place, (what, rows) in enumerate(table.groupby("what", sort=False)):
-            figure.add_scatter(
-                x=100 * rows.noise,
-                name=what,
-                legendgroup=what,
-                showlegend=column == 1,
-                mode="lines+markers",
-                **_look(place, _SHAKEN_COLORS[what]),
-                **_with_interval(estimates.loc[rows.index], axis.floor),
-                hovertemplate="%{x:g}% noise: %{customdata[0]:.3g}"
-                + unit
-                + _RANGE
-                + f"<extra>{what}</extra>",
-                row=1,
-                col=column,
-            )
-        figure.update_yaxes(axis.layout(title), col=column)
+    curves = _Curves(table.what, percent, said, _SHAKEN_COLORS)
+    curves.add(figure, 1, 100 * flips, 0, "flipped tokens (%)", "%")
+    title = "KL from the undisturbed model<br>(nats per token)"
+    curves.add(figure, 2, kl, _LEAST_KL, title, " nats")
     figure.update_layout(
         template=TEMPLATE, height=460, title=_noise_title(table), margin={"b": 105}
     )
@@ -358,40 +339,15 @@ def bits_and_bytes(table: pd.DataFrame) -> Figure:
     `table` has the columns what, bits, kl, kl_low, kl_high (nats per token) and bytes_saved (of
     those in 16 bits). The title speaks of 3 bits, or of the fewest there are.
     """
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.2)
     saved = table.bytes_saved / MIB
-    whole = table[["kl", "kl_low", "kl_high"]]
-    for column, (estimates, least, title, unit) in enumerate(
-        (
-            (whole, _LEAST_KL, "KL from the unrounded model<br>(nats per token)", " nats"),
-            (
-                whole.div(saved, axis=0),
-                _LEAST_KL / saved.max(),
-                "KL for each MiB saved<br>(nats per token)",
-                " nats per MiB",
-            ),
-        ),
-        start=1,
-    ):
-        axis = _LogAxis.over(estimates, least)
-        for place, (what, rows) in enumerate(table.groupby("what", sort=False)):
-            figure.add_scatter(
-                x=[str(bits) for bits in rows.bits],
-                name=what,
-                legendgroup=what,
-                showlegend=column == 1,
-                mode="lines+markers",
-                **_look(place, COLORS[what]),
-                **_with_interval(estimates.loc[rows.index], axis.floor),
-                text=[f"{size:.3g} MiB saved" for size in saved[rows.index]],
-                hovertemplate="%{x} bits: %{customdata[0]:.3g}"
-                + unit
-                + _RANGE
-                + f"<br>%{{text}}<extra>{what}</extra>",
-                row=1,
-                col=column,
-            )
-        figure.update_yaxes(axis.layout(title), col=column)
+    said = table.bits.map("{} bits, ".format) + saved.map("{:.3g} MiB saved".format)
+    kl = table[["kl", "kl_low", "kl_high"]]
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.2)
+    curves = _Curves(table.what, table.bits.astype(str), said, COLORS)
+    title = "KL from the unrounded model<br>(nats per token)"
+    curves.add(figure, 1, kl, _LEAST_KL, title, " nats")
+    least, title = _LEAST_KL / saved.max(), "KL for each MiB saved<br>(nats per token)"
+    curves.add(figure, 2, kl.div(saved, axis=0), least, title, " nats per MiB")
     figure.update_layout(template=TEMPLATE, height=430, title=_bytes_title(table))
     widths = [str(bits) for bits in sorted(table.bits.unique())]
     figure.update_xaxes(
@@ -701,6 +657,47 @@ class _LogAxis:
             "tickvals": [10.0**exponent for exponent in exponents],
             "ticktext": [texts[0] + "<br>or less" * self.cut, *texts[1:]],
         }
+
+
+@dataclass(frozen=True, eq=False)
+class _Curves:
+    """A curve for each of the values of `what`, in panels with a logarithmic axis each.
+
+    `x`, and what hovering `said` of it, are of the same rows; `colors` are by what.
+    """
+
+    what: pd.Series
+    x: pd.Series
+    said: pd.Series
+    colors: Mapping[str, str]
+
+    def add(
+        self,
+        figure: Figure,
+        column: int,
+        estimates: pd.DataFrame,
+        least: float,
+        title: str,
+        unit: str,
+    ) -> None:
+        """The panel of `column`: `estimates` (estimate, low, high), down to `least`."""
+        axis = _LogAxis.over(estimates, least)
+        for place, (what, rows) in enumerate(self.what.groupby(self.what, sort=False)):
+            figure.add_scatter(
+                x=self.x[rows.index],
+                name=what,
+                legendgroup=what,
+                showlegend=column == 1,
+                mode="lines+markers",
+                **_look(place, self.colors[what]),
+                **_with_interval(estimates.loc[rows.index], axis.floor),
+                text=self.said[rows.index],
+                hovertemplate=f"%{{text}}: %{{customdata[0]:.3g}}{unit}{_RANGE}"
+                f"<extra>{what}</extra>",
+                row=1,
+                col=column,
+            )
+        figure.update_yaxes(axis.layout(title), col=column)
 
 
 def _with_interval(estimates: pd.DataFrame, floor: float = -math.inf) -> dict:

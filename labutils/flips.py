@@ -278,16 +278,7 @@ def record(model: nn.Module, token_ids: Tensor) -> Recording:
     Raises ValueError for a model without routers that are known here (see the module) or without
     logits, and for token ids of another shape.
     """
-    said: list[Routing] = []
-
-    def keep(_layer: int, routing: Routing) -> Routing:
-        said.append(routing)
-        return routing
-
-    with intercepted(model, keep):
-        logits = _answer(model, token_ids)
-    read = token_ids.to("cpu", copy=True)
-    return Recording(read, tuple(_on(routing, "cpu") for routing in said), logits)
+    return _read(model, token_ids, lambda _layer, routing: routing)
 
 
 def replay(model: nn.Module, recording: Recording) -> Recording:
@@ -302,17 +293,29 @@ def replay(model: nn.Module, recording: Recording) -> Recording:
     or of another number of tokens than it says.
     """
     _check_fits(model, recording)
-    said: list[Routing] = []
 
-    def instead(layer: int, routing: Routing) -> Routing:
-        said.append(routing)
+    def as_recorded(layer: int, routing: Routing) -> Routing:
         recorded = _on(recording.routings[layer], routing.logits.device)
         weights = recorded.weights.to(routing.weights.dtype)
         return Routing(recorded.logits, weights, recorded.chosen)
 
-    with intercepted(model, instead):
-        logits = _answer(model, recording.token_ids)
-    return Recording(recording.token_ids, tuple(_on(routing, "cpu") for routing in said), logits)
+    return _read(model, recording.token_ids, as_recorded)
+
+
+def _read(
+    model: nn.Module, token_ids: Tensor, decide: Callable[[int, Routing], Routing]
+) -> Recording:
+    """What the routers said, and what the model answered where `decide` had the last word."""
+    said: list[Routing] = []
+
+    def intercept(layer: int, routing: Routing) -> Routing:
+        said.append(routing)
+        return decide(layer, routing)
+
+    with intercepted(model, intercept):
+        logits = _answer(model, token_ids)
+    read = token_ids.to("cpu", copy=True)
+    return Recording(read, tuple(_on(routing, "cpu") for routing in said), logits)
 
 
 @contextmanager

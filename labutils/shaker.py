@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from . import languages
 from .anatomy import part_of
-from .evaluate import Exam, exam, kl_by_token, nats_by_token
+from .evaluate import Exam, Interval, exam, kl_by_token, mean_intervals, nats_by_token
 from .flips import Flips, Recording, compare, intercepted, moe_blocks, record, reroute
 from .formats import FORMATS
 from .moe import Routing
@@ -101,6 +101,22 @@ class Disturbance:
         return f"{100 * self.noise:g}% noise on {place}"
 
 
+@dataclass(frozen=True)
+class Intervals:
+    """Intervals over pages of what a disturbance did; shares, and nats per token.
+
+    The rates by layer are those of the kinds of flips, of which a token has at most one of the
+    first two: another set, the same set in another order, another first expert.
+    """
+
+    flip_rate: Interval
+    kl: Interval
+    loss_rise: Interval
+    set_changed: tuple[Interval, ...]
+    order_changed: tuple[Interval, ...]
+    top1_changed: tuple[Interval, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Shaken:
     """What a model did on an exam while it was disturbed, beside what it does undisturbed.
@@ -138,6 +154,24 @@ class Shaken:
     @property
     def accuracy(self) -> float:
         return float(self.right.mean())
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """How other pages might have come out.
+
+        Raises ValueError for an exam of one page, which has none.
+        """
+        pages, layers = len(self.kl), len(self.flips)
+        kinds = [
+            getattr(flips, kind).view(pages, -1)
+            for kind in ("set_changed", "order_changed", "top1_changed")
+            for flips in self.flips
+        ]
+        whole = (self.set_changed.flatten(1), self.kl, self.nats - self.reference_nats)
+        means = [values.double().mean(dim=1) for values in (*whole, *kinds)]
+        flip_rate, kl, loss_rise, *by_layer = mean_intervals(torch.stack(means, dim=1).numpy())
+        rates = [tuple(by_layer[start : start + layers]) for start in range(0, 3 * layers, layers)]
+        return Intervals(flip_rate, kl, loss_rise, *rates)
 
     @property
     def flips_by_language(self) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import torch
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from .evaluate import Interval, bootstrap, mean_intervals
+from .evaluate import Interval
 from .flips import margins
 from .shaker import Shaken
 from .style import COLORS, INK, TEMPLATE
@@ -42,7 +42,7 @@ _PLOT = _HEIGHT - _MARGIN["t"] - _MARGIN["b"]  # pixels from the lowest panel to
 _GAUGES, _MAPS, _RIVER = (492, 509), (286, 420), (0, 222)  # pixels above the lowest panel
 _BINS = 20
 _LEAST_KL, _LEAST_LOSS = 1e-5, 1e-4  # nats; below that the logarithmic scales turn linear
-_TOPS = (2, 10, 30, 100)  # percent, where the scale of flips by kind may end
+_TOPS = (0.02, 0.1, 0.3, 1)  # where the scale of flips by kind may end
 
 
 def shaken_view(shaken: Shaken, layer: int | None = None) -> Figure:
@@ -139,16 +139,15 @@ def _gauges(shaken: Shaken) -> _Panel:
         for which in (shaken.right, shaken.reference_right, shaken.right & shaken.reference_right)
     )
     won = f", {right - still} new" if right > still else ""
-    flips = bootstrap(lambda flips: 100 * flips, shaken.set_changed)
-    kl = bootstrap(lambda kl: kl, shaken.kl)
-    rise = bootstrap(lambda after, before: after - before, shaken.nats, shaken.reference_nats)
+    found = shaken.intervals
+    flips, kl, rise = found.flip_rate, found.kl, found.loss_rise
     gauges = (
         _Gauge(
             f"<b>{_percent(shaken.flip_rate)}</b> of tokens flip per layer",
-            f"{flips:.3f}% of the tokens",
+            f"{flips:.3%} of the tokens",
             flips,
-            {f"{share}%": share for share in (0, 25, 50, 75, 100)},
-            (0, 100),
+            {f"{share:.0%}": share for share in (0, 0.25, 0.5, 0.75, 1)},
+            (0, 1),
             _FLIPPED,
         ),
         _Gauge(
@@ -275,17 +274,10 @@ def _languages(shaken: Shaken) -> _Panel:
 
 
 def _kinds(shaken: Shaken) -> _Panel:
-    pages, layers = len(shaken.kl), len(shaken.flips)
-    names = [str(layer) for layer in range(layers)]
-    shares = [
-        100 * getattr(flips, kind).view(pages, -1).double().mean(dim=1).numpy()
-        for _, kind, _ in _KINDS
-        for flips in shaken.flips
-    ]
-    every = mean_intervals(np.stack(shares, axis=1))
+    names = [str(layer) for layer in range(len(shaken.flips))]
     traces, highest = [], 0.0
     for place, (name, kind, color) in enumerate(_KINDS):
-        rates = every[place * layers : (place + 1) * layers]
+        rates = getattr(shaken.intervals, kind)
         highest = max(highest, *(rate.high for rate in rates))
         traces.append(
             {
@@ -305,8 +297,8 @@ def _kinds(shaken: Shaken) -> _Panel:
                     "thickness": 1,
                     "width": 2,
                 },
-                "customdata": [f"{rate:.2f}" for rate in rates],
-                "hovertemplate": "layer %{x}: %{customdata}% of the tokens<extra>"
+                "customdata": [f"{rate:.2%}" for rate in rates],
+                "hovertemplate": "layer %{x}: %{customdata} of the tokens<extra>"
                 + name
                 + "</extra>",
             }
@@ -316,7 +308,7 @@ def _kinds(shaken: Shaken) -> _Panel:
         "xaxis2": _axis(
             domain=[0.7, 1], anchor="y2", type="category", showgrid=False, tickprefix="layer "
         ),
-        "yaxis2": _axis(domain=_up(_MAPS), anchor="x2", range=[0, top], ticksuffix="%", nticks=5),
+        "yaxis2": _axis(domain=_up(_MAPS), anchor="x2", range=[0, top], tickformat="~%", nticks=5),
     }
     key = _key((name, color) for name, _, color in _KINDS)
     return _Panel(traces, axes, [_note(key, 0.66, _MAPS[1])])

@@ -199,7 +199,7 @@ def test_damage_by_bytes_is_per_mebibyte():
     assert list(experts_per_mib.y) == pytest.approx([0.002, 0.002])
     little = flip_figures.bits_and_bytes(rounded((2, 3), 0.01, 1e-5)).data[3]
     assert list(little.y) == pytest.approx([1e-7, 1e-7]), "little for each MiB is not too little"
-    assert router_per_mib.text[0] == "0.25 MiB saved"
+    assert router_per_mib.text[0] == "2 bits, 0.25 MiB saved"
     np.testing.assert_allclose(router_per_mib.error_y.array, [0.04, 0.04])
 
 

@@ -91,9 +91,9 @@ def test_flips_are_shown_by_language_kind_and_move():
     assert first == pytest.approx(100 * 3 / 9) and second == 0 and math.isnan(missing)
     assert shown["cells"].text[1][:3] == ["33", "0", ""]
     changed, first, order = (list(bars.y) for bars in shown["kinds"])
-    assert changed == pytest.approx([0, 100 * 3 / 18])
-    assert first == order == pytest.approx([0, 100 * 1 / 18])
-    assert shown["rate"].x[0] == pytest.approx(100 * 3 / 36)
+    assert changed == pytest.approx([0, 3 / 18])
+    assert first == order == pytest.approx([0, 1 / 18])
+    assert shown["rate"].x[0] == pytest.approx(3 / 36)
 
     node, link = shown["river"].node, shown["river"].link
     moves = {
@@ -121,7 +121,7 @@ def test_a_layer_has_its_own_river_and_margins():
         assert sum(shown["flipped"].y) == flipped
         assert sum(shown["stayed"].y) == tokens - flipped
         assert any(note.text.endswith(title) for note in figure.layout.annotations)
-        assert shown["rate"].x[0] == 50, "the gauges are of the whole model"
+        assert shown["rate"].x[0] == 0.5, "the gauges are of the whole model"
 
 
 def test_an_expert_that_nobody_chooses_is_left_out_of_the_river():
