@@ -8,6 +8,7 @@ published ones in the checkpoint files (`block_sparse_moe.experts.3.w1.weight`).
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 COMPONENTS = (
@@ -40,7 +41,7 @@ _PATTERNS = tuple(
         ("experts", r"\.experts\."),
         ("router", r"\.(gate|router)\b"),
         ("attention", r"attn|attention"),
-        ("dense_mlp", r"\.mlp\."),
+        ("dense_mlp", r"\.(mlp|feed_forward)\."),
         ("lm_head", r"lm_head"),
         ("embeddings", r"embed_tokens|embed_in|wte\b"),
     )
@@ -83,7 +84,7 @@ def part_of(name: str) -> Part:
     """
     layer = re.search(r"\blayers\.(\d+)\.", name)
     expert = re.search(r"\.experts\.(\d+)\.", name)
-    leaf = re.search(r"\.(\w+_proj|w[123])(\.|$)", name)
+    leaf = re.search(r"\.(\w+_proj|w[123])(_bias)?(\.|$)", name)
     component = next((label for label, pattern in _PATTERNS if pattern.search(name)), "other")
     has_projection = leaf and component not in ("norms", "router")
     return Part(
@@ -96,7 +97,10 @@ def part_of(name: str) -> Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight as a recipe sees it: a fused experts tensor counts as one `Weight` per matrix."""
+    """One weight as a recipe sees it: a fused experts tensor counts as one `Weight` per matrix.
+
+    A matrix has the shape (outputs, inputs), however its tensor lies in memory.
+    """
 
     part: Part
     shape: tuple[int, ...]
@@ -106,19 +110,40 @@ class Weight:
         return math.prod(self.shape)
 
 
-def matrices(name: str, shape: tuple[int, ...]) -> list[Weight]:
+def matrices(name: str, shape: tuple[int, ...], transposed: bool = False) -> list[Weight]:
     """The weights that the parameter called `name` holds: more than one where experts are fused.
 
     >>> len(matrices("model.layers.0.mlp.experts.gate_up_proj", (8, 28672, 4096)))
     16
+
+    Fused experts are (experts, outputs, inputs), or (experts, inputs, outputs) if `transposed`, as
+    `is_transposed` finds out; their biases are (experts, outputs). Whether gate and up come one
+    after the other or take turns, as in gpt-oss, changes no shape and no byte.
     """
     part = part_of(name)
-    if part.component != "experts" or len(shape) != 3:
+    is_bias = name.endswith("_bias")
+    if part.component != "experts" or len(shape) != (2 if is_bias else 3):
         return [Weight(part, shape)]
-    experts, rows, columns = shape
-    projections = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else (part.projection,)
+    experts, outputs, *inputs = (shape[0], *reversed(shape[1:])) if transposed else shape
+    fused = part.projection == "gate_up_proj"
+    projections = ("gate_proj", "up_proj") if fused else (part.projection,)
+    each = (outputs // len(projections), *inputs)
     return [
-        Weight(Part("experts", part.layer, expert, projection), (rows // len(projections), columns))
+        Weight(Part("experts", part.layer, expert, projection), each)
         for expert in range(experts)
         for projection in projections
     ]
+
+
+def is_transposed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the fused experts tensor called `name` holds each matrix as (inputs, outputs).
+
+    Most families keep (experts, 2 * ffn, hidden) beside (experts, hidden, ffn); gpt-oss and Llama-4
+    keep (experts, hidden, 2 * ffn) beside (experts, ffn, hidden). One shape alone does not tell,
+    the two together do. `shapes` are those of all parameters of the model, by name.
+    """
+    module = name.rpartition(".")[0]
+    gate_up, down = (shapes.get(f"{module}.{leaf}", ()) for leaf in ("gate_up_proj", "down_proj"))
+    if len(gate_up) != 3 or len(down) != 3 or name.endswith("_bias"):
+        return False
+    return gate_up[1] == down[2] and gate_up[2] == 2 * down[1]

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .budget import budget_of, weights_in
 from .calibrated import Rounder, expert_statistics, round_expert
 from .cost_figures import damage_view, threshold_view
 from .damage import Damage
@@ -31,9 +32,13 @@ from .formats import BLOCK_SIZES, MICROSCALED, Rounding, quantize, relative_erro
 from .layer_figures import parameters_by_experts, routing_map
 from .ledger import Ledger
 from .memory_chart import memory_chart
-from .meter import Meter, Record
+from .meter import MIB, Meter, Record
 from .moe import MoELayer, Routing, route
 from .outliers import int8_product
+from .plan_figures import memory_of
+from .planner import CARDS, Card, Machine, plan
+from .recipe_figures import mixture_view
+from .recipes import Recipe
 from .rounding_figures import calibration_view
 from .shaker import CONTROL, WEIGHTS, Disturbance, Shaker
 from .shaker_figures import shaken_view
@@ -91,12 +96,13 @@ def redraw(shown: FigureWidget, figure: Figure) -> None:
 def _set_differing(part, old: Mapping, new: Mapping) -> None:
     """Gives `part` of a figure, whose entries are `old`, those of `new` that are not the same.
 
-    Plotly's own `update` looks up each name first, which takes longer than all else here.
+    Plotly's own `update` looks up each name first, which takes longer than all else here. Entry by
+    entry it must be: a page refuses `marker` of one trace together with `marker.color` of another.
     """
     for name, value in new.items():
         before = old.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            _set_differing(part[name], before, value)
+        if isinstance(value, dict):
+            _set_differing(part[name], before or {}, value)
         elif isinstance(value, np.ndarray) or type(value) is not type(before) or value != before:
             part[name] = value
 
@@ -524,3 +530,118 @@ def _shaker_note(name: str) -> str:
     """Why what goes by this name in the app is not rounded."""
     reason = "scattered" if name == CONTROL else "not stored"
     return f"<b>{name.capitalize()}</b> are {reason}: they get noise, not fewer bits."
+
+
+# ------------------------------------------------------------------------------ recipes and plans
+
+_WIDE = {"description_width": "90px"}
+_MIXED = ("bf16", "int8", "mxfp4", "nf4", "int4", "int3", "int2")
+_MIXED_PARTS = {
+    "experts": "int4",
+    "attention": "int4",
+    "router": "bf16",
+    "embeddings": "bf16",
+    "lm_head": "bf16",
+}
+
+
+def mixture(shaker: Shaker) -> widgets.VBox:
+    """A recipe under the reader's hand: a format for each component, its bytes and its damage.
+
+    *Simulated.* Each new recipe reads the exam once; what was tried stays in the picture, and the
+    smallest that lost no answer stays marked. It starts with experts and attention in INT4 and all
+    else in 16 bits. Blocks have 64 weights, and a maximum in float32 each.
+
+    Example: `mixture(Shaker(model, tokenizer))`, with a model in 32 bits.
+    """
+    formats = {
+        name: widgets.Dropdown(options=_MIXED, value=value, description=name, style=_WIDE)
+        for name, value in _MIXED_PARTS.items()
+    }
+    weights = list(weights_in(shaker.model))
+    whole = budget_of(weights, Recipe.keeping("bf16"))
+    seen = lru_cache(256)(shaker.simulate)
+    tried: dict[Recipe, dict] = {}
+
+    def recipe() -> Recipe:
+        chosen = {name: control.value for name, control in formats.items()}
+        return Recipe(**chosen, double_quant=False)
+
+    def picture() -> Figure:
+        here = recipe()
+        shaken, budget = seen(here), budget_of(weights, here)
+        tried.pop(here, None)
+        tried[here] = {
+            "mib": budget.total_bytes / MIB,
+            "kl": shaken.kl.mean().item(),
+            "answers_kept": bool((shaken.right >= shaken.reference_right).all()),
+            "label": str(here),
+        }
+        return mixture_view(budget, whole, here, shaken, pd.DataFrame(tried.values()))
+
+    return _box(list(formats.values()), picture)
+
+
+_PLANNED = {
+    "16 bits": ("bf16", "bf16", True),
+    "INT8": ("int8", "int8", True),
+    "NF4 with double quantization": ("nf4", "nf4", True),
+    "INT3 experts, INT4 attention": ("int3", "int4", False),
+    "INT2 experts, INT4 attention": ("int2", "int4", False),
+}
+
+
+def _planned(name: str) -> Recipe:
+    """One of `_PLANNED`; router, embeddings and head stay in 16 bits."""
+    experts, attention, double_quant = _PLANNED[name]
+    mlps = dict.fromkeys(("experts", "shared_experts", "dense_mlp"), experts)
+    return Recipe(**mlps, attention=attention, double_quant=double_quant)
+
+
+def planner(models: Sequence[str], cards: Sequence[Card] = tuple(CARDS.values())) -> widgets.VBox:
+    """What fits where, under the reader's hand: a model, a recipe, a context, and how many cards.
+
+    `models` are names in `ledger.PUBLISHED`, folders, or hub names. It starts with the first of
+    them in NF4 and 4,096 tokens.
+
+    Example: `planner(list(PUBLISHED))`.
+    """
+    model = widgets.Dropdown(options=list(models), description="model")
+    recipe = widgets.Dropdown(
+        options=list(_PLANNED), value="NF4 with double quantization", description="recipe"
+    )
+    context = widgets.SelectionSlider(
+        options=[(f"{2**power:,}", 2**power) for power in range(9, 18)],
+        value=2**12,
+        description="context",
+        continuous_update=False,
+    )
+    batch = widgets.SelectionSlider(
+        options=(1, 2, 4, 8, 16, 32), description="sequences", continuous_update=False
+    )
+    count = widgets.SelectionSlider(
+        options=(1, 2, 4, 8), description="cards", continuous_update=False
+    )
+    host = widgets.SelectionSlider(
+        options=[(f"{gib} GiB", gib) for gib in (16, 32, 64, 128, 256, 512)],
+        value=64,
+        description="CPU memory",
+        style=_WIDE,
+        continuous_update=False,
+    )
+
+    def picture() -> Figure:
+        return memory_of(
+            [
+                plan(
+                    model.value,
+                    _planned(recipe.value),
+                    Machine(card, count.value, host.value),
+                    context.value,
+                    batch.value,
+                )
+                for card in cards
+            ]
+        )
+
+    return _box([model, recipe, context, batch, count, host], picture)

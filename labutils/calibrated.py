@@ -37,14 +37,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .anatomy import Part, matrices, part_of
 from .codebooks import Codebook
 from .formats import (
     FORMATS,
@@ -552,7 +554,6 @@ def rounded_experts(
     """
     pages = token_ids if held_out is None else _stacked(token_ids, held_out)
     blocks = [decoder.mlp for decoder in model.model.layers]
-    before = [MoELayer.from_transformers(block) for block in blocks]
     layers = []
 
     def round_block(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -565,18 +566,31 @@ def rounded_experts(
         )
         layers[-1].layer.write_to(block)
 
-    hooks = [block.register_forward_pre_hook(round_block) for block in blocks]
-    try:
-        try:
-            with torch.no_grad():
-                model.model(input_ids=pages.to(model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with restored(weight for block in blocks for weight in block.parameters()):
+        with torch.no_grad(), _hooked(blocks, round_block):
+            model.model(input_ids=pages.to(model.device), use_cache=False)
         yield RoundedModel(tuple(layers))
+
+
+@contextmanager
+def restored(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, `weights` may be written to; after it, an error too, they are what they were."""
+    originals = [(weight.detach(), weight.detach().clone()) for weight in weights]
+    try:
+        yield
     finally:
-        for block, layer in zip(blocks, before, strict=True):
-            layer.write_to(block)
+        for weight, original in originals:
+            weight.copy_(original)
+
+
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _stacked(token_ids: Tensor, held_out: Tensor) -> Tensor:
@@ -586,3 +600,151 @@ def _stacked(token_ids: Tensor, held_out: Tensor) -> Tensor:
             "both to one length."
         )
     return torch.cat([token_ids, held_out])
+
+
+# ------------------------------------------------------------------ any model, matrix by matrix
+
+
+@dataclass(frozen=True)
+class RoundedPart:
+    """One matrix of a model: how it was rounded, on how many tokens, and the bytes it takes.
+
+    `method` is the one that was used: "rtn" where no token was seen.
+    """
+
+    part: Part
+    tokens: int
+    method: str
+    stored_bytes: int
+
+
+@torch.no_grad()
+def round_model(
+    model: nn.Module, token_ids: Tensor, rounder_of: Callable[[Part], Rounder | None]
+) -> tuple[RoundedPart, ...]:
+    """Rounds `model` in place, matrix by matrix, in one pass over `token_ids`; what was done.
+
+    `rounder_of` says how each `Part` is rounded, and None where it is left alone. Linear layers and
+    fused experts can be rounded, in Mixtral, OLMoE, Qwen3-MoE, DeepSeek and others built like them.
+    As the pass over the pages (pages, tokens) reaches a module, its inputs are at hand, as what
+    stands before it, rounded already, gives them. An expert's three matrices are calibrated on what
+    they are fed before any of the three is rounded, as in `round_layer`. What no token reaches is
+    rounded plainly.
+
+    Raises ValueError, before anything is changed, as `check_token_ids` does and for a matrix that
+    is in neither; and, with the name of the matrix, as `gptq` does: then some are rounded. Put it
+    `with restored(model.parameters())`.
+    """
+    check_token_ids(model, token_ids)
+    waiting, done = _modules_to_round(model, rounder_of), []
+
+    def meet(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if name := waiting.pop(module, None):
+            done.extend(_round_module(module, name, arguments, rounder_of))
+
+    head = model.get_output_embeddings()
+    reader = model if head in waiting else model.base_model
+    with _hooked(list(waiting), meet):
+        reader(input_ids=token_ids.to(model.device), use_cache=False)
+    for module in list(waiting):
+        weight = next(module.parameters())
+        meet(module, (weight.new_zeros(0, weight.shape[-1]), weight.new_zeros(0, 1)))
+    return tuple(done)
+
+
+def check_token_ids(model: nn.Module, token_ids: Tensor) -> None:
+    """ValueError unless `token_ids` are pages of tokens, (pages, tokens), that `model` knows."""
+    wanted = (
+        "give token ids, a tensor of whole numbers (pages, tokens): "
+        'tokenizer(..., return_tensors="pt")["input_ids"].'
+    )
+    if not isinstance(token_ids, Tensor):
+        raise ValueError(f"The calibration tokens are a {type(token_ids).__name__}; {wanted}")
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"The calibration tokens are of {token_ids.dtype}; {wanted}")
+    if token_ids.dim() != 2 or not token_ids.numel():
+        raise ValueError(
+            f"The calibration tokens have the shape {tuple(token_ids.shape)}; give (pages, "
+            "tokens), at least one of each."
+        )
+    last = len(model.get_input_embeddings().weight) - 1
+    if token_ids.min() < 0 or token_ids.max() > last:
+        raise ValueError(
+            f"The calibration tokens are from {token_ids.min():,} to {token_ids.max():,}, and this "
+            f"model knows 0 to {last:,}: take those of its own tokenizer."
+        )
+
+
+def folds(part: Part, rounder_of: Callable[[Part], Rounder | None]) -> bool:
+    """Whether AWQ's scales of `part`'s inputs cost nothing, since another matrix absorbs them.
+
+    down_proj's do, in experts, shared experts and dense MLPs: up_proj's block maxima are divided by
+    them (see `awq`), where up_proj has such maxima. All others stay, 16 bits an input. In attention
+    that is because q_proj, k_proj and v_proj share the norm before them and each has scales of its
+    own, and because several heads read a row of v_proj, which o_proj's would have to go into.
+    """
+    return part.projection == "down_proj" and bool(rounder_of(replace(part, projection="up_proj")))
+
+
+def _modules_to_round(
+    model: nn.Module, rounder_of: Callable[[Part], Rounder | None]
+) -> dict[nn.Module, str]:
+    """The modules that hold something to round, and their names; a shared weight counts once."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        weights = matrices(name, tuple(parameter.shape))
+        if any(len(weight.shape) == 2 and rounder_of(weight.part) for weight in weights):
+            module = model.get_submodule(owner)
+            if not (isinstance(module, nn.Linear) or _is_fused(module)):
+                raise ValueError(
+                    f"{name} belongs to a {type(module).__name__}, whose inputs cannot be told: "
+                    'only linear layers and fused experts can be calibrated. Take the method "rtn".'
+                )
+            found[module] = owner
+    return found
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether it holds gate_up_proj (experts, 2 x ffn, hidden), down_proj, and nothing else."""
+    held = dict(module.named_parameters())
+    if set(held) != {"gate_up_proj", "down_proj"} or held["down_proj"].dim() != 3:
+        return False
+    experts, hidden, ffn = held["down_proj"].shape
+    return held["gate_up_proj"].shape == (experts, 2 * ffn, hidden)
+
+
+def _round_module(
+    module: nn.Module,
+    name: str,
+    arguments: tuple[Tensor, ...],
+    rounder_of: Callable[[Part], Rounder | None],
+) -> Iterator[RoundedPart]:
+    for part, weight, statistics in _fed(module, name, arguments):
+        if rounder := rounder_of(part):
+            try:
+                rounded = rounder.of(weight.float(), statistics, folds(part, rounder_of))
+            except ValueError as stop:
+                raise ValueError(f"{part.path}: {stop}") from None
+            weight.copy_(rounded.weight)
+            yield RoundedPart(part, statistics.tokens, rounded.method, rounded.stored_bytes)
+
+
+def _fed(
+    module: nn.Module, name: str, arguments: tuple[Tensor, ...]
+) -> Iterator[tuple[Part, Tensor, Statistics]]:
+    """Each matrix of `module`, a view of it, and what it is fed when called with `arguments`."""
+    tokens = arguments[0].flatten(0, -2).float()
+    if isinstance(module, nn.Linear):
+        yield part_of(f"{name}.weight"), module.weight.detach(), Statistics.of(tokens)
+        return
+    place = part_of(f"{name}.down_proj")
+    weights = zip(module.gate_up_proj.detach(), module.down_proj.detach(), strict=True)
+    for index, (gate_up, down) in enumerate(weights):
+        x = tokens[(arguments[1] == index).any(dim=1)]
+        gate, up = gate_up.chunk(2)
+        middle = module.act_fn(F.linear(x, gate.float())) * F.linear(x, up.float())
+        seen = ExpertStatistics(Statistics.of(x), Statistics.of(middle))
+        for projection, weight in zip(PROJECTIONS, (gate, up, down), strict=True):
+            part = replace(place, expert=index, projection=projection)
+            yield part, weight, seen.of(projection)

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,8 +32,8 @@ from transformers import (
     TextStreamer,
 )
 
-from .anatomy import COMPONENTS, Part, matrices, part_of
-from .budget import Budget, predict, weights_of
+from .anatomy import COMPONENTS, Part, is_transposed, matrices, part_of
+from .budget import Budget, predict, skeleton, weights_of
 from .experts import DTYPES, RecipeConfig, UnusableWeight, first_device, storage_of
 from .formats import FORMATS
 from .meter import GIB, available_bytes, mark
@@ -134,7 +134,7 @@ def inspect(folder: Path | str) -> Checkpoint:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _check_method(config)
     tensors = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         tensors |= read_header(file)
     checkpoint = Checkpoint(folder, config, tensors)
     _check_weights(checkpoint)
@@ -151,7 +151,11 @@ def _check_method(config: PreTrainedConfig) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint in `folder`.
+
+    Raises FileNotFoundError for a missing one, ValueError for a damaged index.
+    """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
@@ -213,11 +217,12 @@ def _check_weights(checkpoint: Checkpoint) -> None:
     for weight in weights_of(checkpoint.config):
         expected[weight.part].append(weight.shape)
     found = defaultdict(list)
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     for name, format in checkpoint._formats():
-        for weight in matrices(name, checkpoint.tensors[name].shape):
+        for weight in matrices(name, shapes[name], is_transposed(name, shapes)):
             found[weight.part].append(None if FORMATS[format].scaled else weight.shape)
     for name, tensor in checkpoint.tensors.items():
-        if len(tensor.shape) == 1 and name.endswith((".weight", ".bias")):
+        if len(tensor.shape) == 1 and name.endswith((".weight", ".bias", ".sinks")):
             found[part_of(name)].append(tensor.shape)
     for part, shapes in expected.items():
         if len(found[part]) < len(shapes):
@@ -381,7 +386,7 @@ def _from_hub(repo_id: str, patterns=WANTED_FILES, **settings) -> Path:
         repo_id, allow_patterns=patterns, ignore_patterns=["consolidated*"], **settings
     )
     if settings.get("local_files_only") and "*.safetensors" in patterns:
-        _weight_files(Path(folder))
+        weight_files(Path(folder))
     return Path(folder)
 
 
@@ -437,18 +442,55 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer=None) -> Path:
     Written beside and renamed when whole, so that an interrupted save leaves nothing under the
     name. Raises FileExistsError if there is something under it already.
     """
-    folder = Path(folder)
+    with written_whole(Path(folder)) as unfinished:
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+    return Path(folder)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A name beside `folder` to write a folder under; it becomes `folder` if all goes well.
+
+    After an error nothing is left under either name. Raises FileExistsError if there is something
+    under `folder` already.
+    """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; remove it or take another name.")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        return unfinished.rename(folder)
+        yield unfinished
+        unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def from_tensors(
+    folder: Path, tensors: Mapping[str, object], dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model that `folder`'s config describes, with these weights in place of the files'.
+
+    `tensors` go by their published names; `dtype` is the config's if None. Each value is asked for
+    its tensor with `value[...]` when its turn comes, so that a value may read or decompress it only
+    then. How the files are quantized is passed over. Raises ValueError for a missing weight.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    family = type(skeleton(config))
+    model, loaded = family.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype or config.dtype,
+        device_map=first_device(),
+        output_loading_info=True,
+    )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"{folder} holds nothing for {missing[0]}, which its config describes.")
+    return model
 
 
 class _MarkingStreamer(TextStreamer):
@@ -490,12 +532,16 @@ class StoredWeight:
     """
 
     part: Part
-    parameters: int
+    shape: tuple[int, ...]
     stored_as: str
     bytes: int
     kernel_bytes: int = 0
     block_size: int | None = None
     double_quant: bool | None = None
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -547,10 +593,13 @@ class Coverage:
         return 8 * sum(w.bytes for w in chosen) / sum(w.parameters for w in chosen)
 
     def require(self, recipe: Recipe) -> None:
-        """Nothing if the model is stored as `recipe` says; `NotCovered` if any weight is not."""
+        """Nothing if the model is stored as `recipe` says; `NotCovered` if any weight is not.
+
+        Biases are no weights that a recipe is asked for.
+        """
         for weight in self.weights:
             asked = recipe.format_of(weight.part)
-            if asked is None:
+            if asked is None or len(weight.shape) == 1:
                 continue
             blocks = (recipe.block_size, recipe.double_quant)
             wrong_blocks = FORMATS[asked].scaled == "block" and blocks != (
@@ -598,7 +647,7 @@ def _stored_weights(model: nn.Module, name: str, parameter: nn.Parameter) -> lis
         return [
             StoredWeight(
                 part_of(name),
-                math.prod(storage.shape),
+                tuple(storage.shape),
                 storage.format,
                 storage.stored_bytes,
                 storage.kernel_bytes,
@@ -609,7 +658,7 @@ def _stored_weights(model: nn.Module, name: str, parameter: nn.Parameter) -> lis
     stored_as = DTYPE_FORMATS.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
     return [
         StoredWeight(
-            weight.part, weight.parameters, stored_as, weight.parameters * parameter.element_size()
+            weight.part, weight.shape, stored_as, weight.parameters * parameter.element_size()
         )
         for weight in matrices(name, tuple(parameter.shape))
     ]

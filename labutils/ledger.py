@@ -8,9 +8,9 @@ those of the chosen experts are *active*, and everything that is not an expert:
 Mixtral-8x7B keeps 46.7 billion and meets 12.9 billion with each token (Jiang et al. 2024,
 arXiv:2401.04088, section 1, says 47 and 13).
 
-`PUBLISHED` are the configurations of six models, as their authors give them: the numbers that
-decide a shape, and no others. They can be counted, and given to `budget.predict`, without a
-download:
+`PUBLISHED` are the configurations of eight models, as their authors give them: the numbers that
+decide a shape, and the longest context. They can be counted, and given to `budget.predict`,
+without a download:
 
 | model | parameters | active | published in |
 |---|---|---|---|
@@ -20,9 +20,12 @@ download:
 | Qwen3-30B-A3B | 30.5 B | 3.3 B | arXiv:2505.09388 |
 | DeepSeek-V2-Lite | 15.7 B | 2.4 B | arXiv:2405.04434, appendix B |
 | Qwen1.5-MoE-A2.7B | 14.3 B | 2.7 B | qwenlm.github.io/blog/qwen-moe |
+| gpt-oss-20b | 20.9 B | 3.6 B | arXiv:2508.10925, table 1 |
+| Llama-4-Scout-17B-16E | 109 B | 17 B | ai.meta.com/blog/llama-4-multimodal-intelligence |
 
 What is counted as active differs a little: here the embeddings are, all rows of them. DeepSeek's
-2.4 B leaves them out on the way in; with them it is 2.7 B.
+2.4 B and gpt-oss's 3.6 B leave them out on the way in; with them it is 2.7 B and 4.2 B. Of Llama-4,
+which also sees pictures, only the text model is here, 107.8 B.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ PUBLISHED: dict[str, Path] = {
         "Qwen3-30B-A3B",
         "DeepSeek-V2-Lite",
         "Qwen1.5-MoE-A2.7B",
+        "gpt-oss-20b",
+        "Llama-4-Scout-17B-16E",
     )
 }
 

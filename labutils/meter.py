@@ -61,6 +61,15 @@ SLOWEST_INTERVAL_SECONDS = 0.05
 LISTEN_EVERY_SECONDS = 0.2
 
 
+def sized(size_bytes: int) -> str:
+    """A number of bytes to be read: in GiB, or in MiB below one.
+
+    >>> sized(3 * 2**29), sized(3 * 2**20)
+    ('1.50 GiB', '3.00 MiB')
+    """
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.2f} MiB"
+
+
 # ---------------------------------------------------------------------------------- what is kept
 
 

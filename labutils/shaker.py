@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import pandas as pd
@@ -40,11 +40,12 @@ from .evaluate import Exam, Interval, exam, kl_by_token, mean_intervals, nats_by
 from .flips import Flips, Recording, compare, intercepted, moe_blocks, record, reroute
 from .formats import FORMATS
 from .moe import Routing
-from .recipes import Recipe, simulated
+from .recipes import Recipe, rounded, simulated
 
 WEIGHTS = ("router", "experts", "attention")
 CONTROL = "as many expert weights"
 WHAT = (*WEIGHTS, "router logits", "hidden states", CONTROL)
+ROUNDED_TENSORS = 128  # of some recipes: what a recipe shares with one just tried is not made again
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,13 @@ class Intervals:
 class Shaken:
     """What a model did on an exam while it was disturbed, beside what it does undisturbed.
 
+    Disturbed it was by a `Disturbance`, or by a `Recipe` that its weights were rounded to.
+
     `flips` has one record a layer; `kl` and `reference_nats`, `nats` are by token, (pages, tokens)
     and (pages, tokens - 1), in nats; `right` and `reference_right` say which answers are right.
     """
 
-    disturbance: Disturbance
+    disturbance: Disturbance | Recipe
     exam: Exam
     flips: tuple[Flips, ...]
     kl: Tensor
@@ -191,7 +194,10 @@ class Shaken:
 
 
 class Shaker:
-    """A model to be disturbed, and an exam of `pages` held-out pages of 256 tokens.
+    """A model to be disturbed, and an exam of `pages` pages of 256 tokens.
+
+    The pages hold lines that training never showed, unless `held_out` is False: then they are of
+    those it did show, to choose by, so that the held-out ones can judge the choice.
 
     `model` is a Mixtral, OLMoE or Qwen3-MoE of transformers with experts in every layer. Noise is
     put on weights that are kept in 16 or 32 bits, and on router logits and hidden states also in a
@@ -206,10 +212,15 @@ class Shaker:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer, pages: int = 8, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        tokenizer,
+        pages: int = 8,
+        generator: torch.Generator | None = None,
+        held_out: bool = True,
     ):
         _check_model(model)
-        drawn = languages.pages(pages, torch.Generator().manual_seed(0), held_out=True)
+        drawn = languages.pages(pages, torch.Generator().manual_seed(0), held_out=held_out)
         self.model, self.exam = model, exam(tokenizer, drawn)
         self.reference: Recording = record(model, self.exam.token_ids)
         _check_finite(self.reference.logits)
@@ -217,6 +228,7 @@ class Shaker:
         self._right = self.exam.right(self.reference.logits)
         generator = generator or torch.Generator().manual_seed(0)
         self._seed = int(torch.randint(2**31, (), generator=generator))
+        self._rounded = lru_cache(ROUNDED_TENSORS)(partial(rounded, model))
         self._drawn: dict[tuple[str, torch.Size], Tensor] = {}
 
     def shake(self, disturbance: Disturbance) -> Shaken:
@@ -229,6 +241,18 @@ class Shaker:
             seen = record(self.model, self.exam.token_ids)
         return self.judged(disturbance, seen)
 
+    def simulate(self, recipe: Recipe, calibration: Tensor | None = None) -> Shaken:
+        """What the model does with its weights rounded as `recipe` says, *simulated*.
+
+        `calibration` are the token ids (pages, tokens) for a recipe that rounds by GPTQ or AWQ.
+
+        Raises ValueError for an override that fits no part of the model, and without calibration
+        where it is needed.
+        """
+        with simulated(self.model, recipe, calibration, self._rounded):
+            seen = record(self.model, self.exam.token_ids)
+        return self.judged(recipe, seen)
+
     def takes_noise(self, weights: str) -> bool:
         """Whether all of "router", "experts" or "attention" is stored in 16 or 32 bits."""
         return all(
@@ -237,7 +261,7 @@ class Shaker:
             if part_of(name).component == weights
         )
 
-    def judged(self, disturbance: Disturbance, seen: Recording) -> Shaken:
+    def judged(self, disturbance: Disturbance | Recipe, seen: Recording) -> Shaken:
         """What `seen`, a reading of the exam, differs in from the undisturbed reading."""
         pairs = zip(self.reference.routings, seen.routings, strict=True)
         return Shaken(
@@ -256,7 +280,8 @@ class Shaker:
         """Inside, the model is disturbed; on leaving, after an error too, it is as it was."""
         self._check_place(disturbance)
         if disturbance.bits is not None:
-            changes = simulated(self.model, disturbance.recipe(self.model.dtype))
+            recipe = disturbance.recipe(self.model.dtype)
+            changes = simulated(self.model, recipe, rounding=self._rounded)
         elif disturbance.noise == 0:
             changes = nullcontext()
         elif disturbance.what == "router logits":

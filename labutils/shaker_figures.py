@@ -8,7 +8,7 @@ are orange and damage is black: they are different things.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,7 @@ def shaken_view(shaken: Shaken, layer: int | None = None) -> Figure:
     flipped = torch.cat([shaken.flips[index].set_changed for index in layers])
     seen = "all layers" if layer is None else f"layer {layer}"
     panels = (
-        _gauges(shaken),
+        gauges(shaken, _up(_GAUGES), 5),
         _languages(shaken),
         _kinds(shaken),
         _river(moves, seen),
@@ -83,7 +83,7 @@ def shaken_view(shaken: Shaken, layer: int | None = None) -> Figure:
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
     """A part of the picture: its traces, its axes by name, and what is written above it."""
 
     traces: list[dict]
@@ -97,8 +97,8 @@ def _title(shaken: Shaken) -> dict:
     pages, tokens = shaken.kl.shape
     simulated = "" if shaken.disturbance.bits is None else "; simulated"
     return {
-        "text": f"{what[0].upper()}{what[1:]}: {_percent(shaken.flip_rate)} of tokens flip, "
-        f"KL {_nats(shaken.kl.mean().item())}, {still.sum()} of {before.sum()} answers still right",
+        "text": f"{what[0].upper()}{what[1:]}: {percent(shaken.flip_rate)} of tokens flip, "
+        f"KL {nats(shaken.kl.mean().item())}, {still.sum()} of {before.sum()} answers still right",
         "font": {"size": 15},
         "subtitle": {
             "text": f"{pages} pages of {tokens} tokens; a flip: another set of experts, mean over "
@@ -132,7 +132,11 @@ class _Gauge:
         return math.copysign(math.log10(1 + abs(value) / self.least), value)
 
 
-def _gauges(shaken: Shaken) -> _Panel:
+def gauges(shaken: Shaken, height: list[float], first: int) -> Panel:
+    """Flips, KL, rise of loss and right answers, side by side, on fixed scales with 95% intervals.
+
+    `height` is their domain on the y axes; their four pairs of axes are numbered from `first`.
+    """
     answers = len(shaken.right)
     right, before, still = (
         int(which.sum())
@@ -141,9 +145,9 @@ def _gauges(shaken: Shaken) -> _Panel:
     won = f", {right - still} new" if right > still else ""
     found = shaken.intervals
     flips, kl, rise = found.flip_rate, found.kl, found.loss_rise
-    gauges = (
+    shown = (
         _Gauge(
-            f"<b>{_percent(shaken.flip_rate)}</b> of tokens flip per layer",
+            f"<b>{percent(shaken.flip_rate)}</b> of tokens flip per layer",
             f"{flips:.3%} of the tokens",
             flips,
             {f"{share:.0%}": share for share in (0, 0.25, 0.5, 0.75, 1)},
@@ -151,7 +155,7 @@ def _gauges(shaken: Shaken) -> _Panel:
             _FLIPPED,
         ),
         _Gauge(
-            f"KL <b>{_nats(kl.estimate)}</b> nats",
+            f"KL <b>{nats(kl.estimate)}</b> nats",
             f"{kl:.4g} nats per token from the undisturbed model",
             kl,
             {"0": 0, "0.0001": 1e-4, "0.01": 1e-2, "1": 1},
@@ -178,20 +182,19 @@ def _gauges(shaken: Shaken) -> _Panel:
         ),
     )
     wide = 0.215
-    step = (1 - wide) / (len(gauges) - 1)
+    step = (1 - wide) / (len(shown) - 1)
     drawn = [
-        _gauge(gauge, index, [index * step, index * step + wide])
-        for index, gauge in enumerate(gauges)
+        _gauge(gauge, first + index, [index * step, index * step + wide], height)
+        for index, gauge in enumerate(shown)
     ]
-    return _Panel(
+    return Panel(
         [panel.traces[0] for panel in drawn],
         {name: axis for panel in drawn for name, axis in panel.axes.items()},
         [panel.notes[0] for panel in drawn],
     )
 
 
-def _gauge(gauge: _Gauge, index: int, domain: list[float]) -> _Panel:
-    number = index + 5
+def _gauge(gauge: _Gauge, number: int, width: list[float], height: list[float]) -> Panel:
     middle, low, high = (
         gauge.place(value) for value in (gauge.value.estimate, gauge.value.low, gauge.value.high)
     )
@@ -214,8 +217,8 @@ def _gauge(gauge: _Gauge, index: int, domain: list[float]) -> _Panel:
         "hovertemplate": f"{gauge.hover}<extra></extra>",
     }
     axes = {
-        f"xaxis{number}": _axis(
-            domain=domain,
+        f"xaxis{number}": axis(
+            domain=width,
             anchor=f"y{number}",
             range=[gauge.place(end) for end in gauge.ends],
             tickvals=[gauge.place(value) for value in gauge.ticks.values()],
@@ -226,23 +229,23 @@ def _gauge(gauge: _Gauge, index: int, domain: list[float]) -> _Panel:
             showline=True,
             showgrid=False,
         ),
-        f"yaxis{number}": _axis(
-            domain=_up(_GAUGES), anchor=f"x{number}", range=[-0.5, 0.5], visible=False
+        f"yaxis{number}": axis(
+            domain=height, anchor=f"x{number}", range=[-0.5, 0.5], visible=False
         ),
     }
-    return _Panel([bar], axes, [_note(gauge.text, domain[0], _GAUGES[1])])
+    return Panel([bar], axes, [note(gauge.text, width[0], height[1])])
 
 
 # -------------------------------------------------------------------------------------------- flips
 
 
-def _languages(shaken: Shaken) -> _Panel:
+def _languages(shaken: Shaken) -> Panel:
     rates = shaken.flips_by_language
-    percent = 100 * rates.to_numpy()
+    percents = 100 * rates.to_numpy()
     names = [f"layer {layer}" for layer in rates.index]
     cells = {
         "type": "heatmap",
-        "z": percent,
+        "z": percents,
         "x": list(rates.columns),
         "y": names,
         "zmin": 0,
@@ -251,13 +254,13 @@ def _languages(shaken: Shaken) -> _Panel:
         "showscale": False,
         "xgap": 2,
         "ygap": 2,
-        "text": [[_cell(value) for value in row] for row in percent],
+        "text": [[_cell(value) for value in row] for row in percents],
         "texttemplate": "%{text}",
         "textfont": {"size": 12},
         "hovertemplate": "%{y}, %{x}: %{z:.2f}% of the tokens<extra></extra>",
     }
     axes = {
-        "xaxis": _axis(
+        "xaxis": axis(
             domain=[0, 0.62],
             anchor="y",
             tickfont={"size": 11},
@@ -265,15 +268,15 @@ def _languages(shaken: Shaken) -> _Panel:
             ticks="",
             showgrid=False,
         ),
-        "yaxis": _axis(
+        "yaxis": axis(
             domain=_up(_MAPS), anchor="x", autorange="reversed", ticks="", showgrid=False
         ),
     }
     title = "<b>Flips</b> by layer and language (% of the tokens)"
-    return _Panel([cells], axes, [_note(title, 0, _MAPS[1])])
+    return Panel([cells], axes, [note(title, 0, _up(_MAPS)[1])])
 
 
-def _kinds(shaken: Shaken) -> _Panel:
+def _kinds(shaken: Shaken) -> Panel:
     names = [str(layer) for layer in range(len(shaken.flips))]
     traces, highest = [], 0.0
     for place, (name, kind, color) in enumerate(_KINDS):
@@ -305,19 +308,19 @@ def _kinds(shaken: Shaken) -> _Panel:
         )
     top = next((top for top in _TOPS if highest <= top), _TOPS[-1])
     axes = {
-        "xaxis2": _axis(
+        "xaxis2": axis(
             domain=[0.7, 1], anchor="y2", type="category", showgrid=False, tickprefix="layer "
         ),
-        "yaxis2": _axis(domain=_up(_MAPS), anchor="x2", range=[0, top], tickformat="~%", nticks=5),
+        "yaxis2": axis(domain=_up(_MAPS), anchor="x2", range=[0, top], tickformat="~%", nticks=5),
     }
-    key = _key((name, color) for name, _, color in _KINDS)
-    return _Panel(traces, axes, [_note(key, 0.66, _MAPS[1])])
+    kinds = key((name, color) for name, _, color in _KINDS)
+    return Panel(traces, axes, [note(kinds, 0.66, _up(_MAPS)[1])])
 
 
 # ------------------------------------------------------------------------------- river and margins
 
 
-def _river(moves: Tensor, seen: str) -> _Panel:
+def _river(moves: Tensor, seen: str) -> Panel:
     """Only experts that are chosen are drawn: plotly would count the others wrongly."""
     before, after = torch.nonzero(moves, as_tuple=True)
     ribbons = list(zip(before.tolist(), after.tolist(), moves[before, after].tolist(), strict=True))
@@ -371,12 +374,12 @@ def _river(moves: Tensor, seen: str) -> _Panel:
         "hoverinfo": "skip",
     }
     axes = {
-        "xaxis3": _axis(domain=[0.005, 0.475], anchor="y3", range=[-0.02, 1.02], visible=False),
-        "yaxis3": _axis(domain=_up(_RIVER), anchor="x3", range=[1, 0], visible=False),
+        "xaxis3": axis(domain=[0.005, 0.475], anchor="y3", range=[-0.02, 1.02], visible=False),
+        "yaxis3": axis(domain=_up(_RIVER), anchor="x3", range=[1, 0], visible=False),
     }
     moved = sum(count for old, new, count in ribbons if old != new)
     title = f"<b>Choices</b>, old expert to new, {seen}: {moved:,} of {moves.sum():,} move"
-    return _Panel([river, labels], axes, [_note(title, 0, _RIVER[1])])
+    return Panel([river, labels], axes, [note(title, 0, _up(_RIVER)[1])])
 
 
 def _middles(choices: Sequence[int], gap: float, most: int) -> list[float]:
@@ -390,7 +393,7 @@ def _middles(choices: Sequence[int], gap: float, most: int) -> list[float]:
     return ((starts + ends) / 2 * filled + np.arange(len(choices)) * gap).tolist()
 
 
-def _margins(margin: Tensor, flipped: Tensor, seen: str) -> _Panel:
+def _margins(margin: Tensor, flipped: Tensor, seen: str) -> Panel:
     """In bins of equal width on a logarithmic scale; the first and the last have the rest too."""
     size = margin.clamp(min=1e-9).log10()
     finite = size[margin.isfinite()] if margin.isfinite().any() else torch.zeros(1)
@@ -435,7 +438,7 @@ def _margins(margin: Tensor, flipped: Tensor, seen: str) -> _Panel:
     }
     powers = range(math.ceil(low), math.floor(high) + 1)
     axes = {
-        "xaxis4": _axis(
+        "xaxis4": axis(
             domain=[0.56, 0.955],
             anchor="y4",
             range=[low, high],
@@ -444,10 +447,10 @@ def _margins(margin: Tensor, flipped: Tensor, seen: str) -> _Panel:
             ticktext=[f"{10.0**power:g}" for power in powers],
             showgrid=False,
         ),
-        "yaxis4": _axis(
+        "yaxis4": axis(
             domain=_up(_RIVER), anchor="x4", range=[0, 1.05 * every.max().item()], nticks=5
         ),
-        "yaxis9": _axis(
+        "yaxis9": axis(
             domain=_up(_RIVER),
             anchor="x4",
             overlaying="y4",
@@ -458,15 +461,16 @@ def _margins(margin: Tensor, flipped: Tensor, seen: str) -> _Panel:
             showgrid=False,
         ),
     }
-    key = _key((("flip", _FLIPPED), ("stay", _KEPT)))
-    title = f"<b>Tokens by margin</b>, {seen}: {key}  \u2501 share of flips"
-    return _Panel([*traces, share], axes, [_note(title, 0.525, _RIVER[1])])
+    fates = key((("flip", _FLIPPED), ("stay", _KEPT)))
+    title = f"<b>Tokens by margin</b>, {seen}: {fates}  \u2501 share of flips"
+    return Panel([*traces, share], axes, [note(title, 0.525, _up(_RIVER)[1])])
 
 
 # ------------------------------------------------------------------------------------ drawing tools
 
 
-def _axis(**entries) -> dict:
+def axis(**entries) -> dict:
+    """An axis that keeps its place, whatever stands beside it."""
     return {"automargin": False, "zeroline": False, **entries}
 
 
@@ -475,22 +479,25 @@ def _up(pixels: tuple[int, int]) -> list[float]:
     return [end / _PLOT for end in pixels]
 
 
-def _note(text: str, x: float, pixels: int) -> dict:
+def note(text: str, x: float, y: float) -> dict:
+    """A line of text above a place in the plot, 0 to 1 from the left and from below."""
     return {
         "text": text,
         "x": x,
-        "y": pixels / _PLOT,
+        "y": y,
         "xref": "paper",
         "yref": "paper",
         "xanchor": "left",
         "yanchor": "bottom",
         "yshift": 6,
+        "align": "left",
         "showarrow": False,
         "font": {"size": 12},
     }
 
 
-def _key(entries) -> str:
+def key(entries: Iterable[tuple[str, str]]) -> str:
+    """What the colours mean, in a line; `entries` are names with their colours."""
     return "  ".join(
         f'<span style="color: {color}">\u25a0</span> {name}' for name, color in entries
     )
@@ -508,14 +515,14 @@ def _cell(percent: float) -> str:
     return "<1" if 0 < percent < 1 else f"{percent:.0f}"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share with one decimal; only what is exactly 0 is written as 0."""
     if share == 0:
         return "0%"
     return f"{share:.1%}" if share >= 0.001 else f"{share:.2%}" if share >= 1e-4 else "<0.01%"
 
 
-def _nats(value: float) -> str:
+def nats(value: float) -> str:
     """Two significant digits without an exponent; only what is exactly 0 is written as 0."""
     if value == 0:
         return "0"
@@ -529,4 +536,4 @@ def _rise(value: float) -> str:
     if 0 < abs(value) < 1e-5:
         return "nearly 0"
     sign = "" if value == 0 else "\u2212" if value < 0 else "+"
-    return sign + _nats(abs(value))
+    return sign + nats(abs(value))

@@ -1,6 +1,7 @@
 """Apps are driven without a browser: record, and read the figure's data."""
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from families import FAMILIES
 
 from labutils import apps, standin
 from labutils.apps import ErrorLine, live_memory, redraw
+from labutils.budget import predict
 from labutils.checkpoints import load
 from labutils.damage import Damage
 from labutils.ledger import ledger_of
 from labutils.meter import MIB, Meter, mark
 from labutils.moe import MoELayer, route
+from labutils.planner import CARDS, FITS, Machine, plan
 from labutils.recipes import Recipe
 from labutils.shaker import Shaker
 from labutils.style import changeable
@@ -138,6 +141,20 @@ def test_redraw_sends_only_what_differs() -> None:
     assert sent[1:] == [301]
     redraw(shown, go.Figure([go.Bar(y=[1, 2], **looks)], {"height": 301}))
     assert len(sent) == 2
+
+
+def test_redraw_names_every_entry_by_itself() -> None:
+    """A page refuses `marker` of one trace together with `marker.color` of another."""
+
+    def bars(*looks: dict) -> go.Figure:
+        return go.Figure([go.Bar(y=[1, 2], **look) for look in looks])
+
+    shown = changeable(bars({}, {"marker": {"color": "red"}}))
+    sent = []
+    shown.observe(lambda change: change.new and sent.append(change.new), "_py2js_update")
+    redraw(shown, bars({"marker": {"color": "blue"}}, {"marker": {"color": "blue"}}))
+    assert [set(message["style_data"]) for message in sent] == [{"marker.color"}]
+    assert [trace.marker.color for trace in shown.data] == ["blue", "blue"]
 
 
 def test_redraw_of_another_figure_is_refused() -> None:
@@ -535,3 +552,89 @@ def test_moves_from_several_threads_take_turns(shaken, small_shaker, monkeypatch
     assert shaken.chart.layout.title.text.startswith("30% noise on attention of layer 2: ")
     after = small_shaker.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------ recipes and plans
+
+
+@pytest.fixture
+def mixed(small_shaker):
+    """The app by name: a control for each component, the chart and the error line."""
+    rows, chart, errors = apps.mixture(small_shaker).children
+    controls = {control.description: control for control in rows.children}
+    return SimpleNamespace(**controls, chart=chart, errors=errors)
+
+
+def mebibytes(app) -> float:
+    return float(re.match(r"([\d.]+) of", app.chart.layout.title.text)[1])
+
+
+def test_a_format_for_each_component_has_its_bytes_and_its_damage(mixed, small_shaker):
+    assert set(vars(mixed)) - {"chart", "errors"} == {
+        "experts", "attention", "router", "embeddings", "lm_head"
+    }  # fmt: skip
+    for name in ("experts", "attention"):
+        getattr(mixed, name).value = "bf16"
+    assert "KL 0 nats" in mixed.chart.layout.title.text
+    assert "0% of tokens flip" in mixed.chart.layout.title.text
+    everything = mebibytes(mixed)
+    mixed.experts.value = "int2"
+    recipe = Recipe.keeping("bf16", experts="int2", double_quant=False)
+    expected = predict(small_shaker.model.config, recipe).total_bytes / 2**20
+    assert mebibytes(mixed) == pytest.approx(expected, abs=0.005) and expected < everything
+    kl = small_shaker.simulate(recipe).kl.mean().item()
+    assert f"KL {kl:.2g} nats" in mixed.chart.layout.title.text and mixed.errors.value == ""
+
+
+def test_what_was_tried_stays_and_counts_once(mixed):
+    def tried() -> list[str]:
+        small = [
+            trace for trace in mixed.chart.data if trace.xaxis == "x2" and trace.marker.size == 7
+        ]
+        return [label for trace in small for label in trace.customdata]
+
+    assert len(tried()) == 1
+    for value in ("int3", "int2", "int3", "int2"):
+        mixed.experts.value = value
+    assert len(tried()) == len(set(tried())) == 3 and mixed.errors.value == ""
+
+
+@pytest.fixture
+def planned():
+    rows, chart, errors = apps.planner(["OLMoE-1B-7B", "Mixtral-8x7B"]).children
+    controls = {control.description: control for control in rows.children}
+    return SimpleNamespace(controls=controls, chart=chart, errors=errors)
+
+
+def test_the_planner_says_what_plan_says(planned):
+    recipe = Recipe(attention="nf4", shared_experts="nf4", dense_mlp="nf4")
+    moves = [("model", "Mixtral-8x7B"), ("context", 2**15), ("cards", 2), ("sequences", 4)]
+    settings = {"model": "OLMoE-1B-7B", "context": 4096, "cards": 1, "sequences": 1}
+    for name, value in moves:
+        planned.controls[name].value = value
+        settings[name] = value
+        plans = [
+            plan(
+                settings["model"],
+                recipe,
+                Machine(card, settings["cards"], 64),
+                settings["context"],
+                settings["sequences"],
+            )
+            for card in CARDS.values()
+        ]
+        title = planned.chart.layout.title.text
+        assert title.startswith(settings["model"]) and f"{settings['context']:,} tokens" in title
+        fitting = sum(each.verdict == FITS for each in plans)
+        assert f"fits {fitting} of {len(CARDS)}" in title and planned.errors.value == ""
+
+
+def test_fewer_bits_need_fewer_bytes(planned):
+    def needed() -> float:
+        return float(re.search(r"([\d.]+) GiB", planned.chart.layout.title.text)[1])
+
+    sizes = []
+    for name in planned.controls["recipe"].options:
+        planned.controls["recipe"].value = name
+        sizes.append(needed())
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 4 * sizes[-1]

@@ -19,7 +19,9 @@ from labutils.calibrated import (
     awq,
     expert_statistics,
     gptq,
+    restored,
     round_layer,
+    round_model,
     rounded_experts,
 )
 from labutils.codebooks import CODEBOOKS
@@ -432,6 +434,24 @@ def test_the_standin_takes_seconds_and_loses_a_quarter_less(model):
     )
     for projection in PROJECTIONS:
         assert calibrated[projection] < 0.75 * uncalibrated[projection]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_over_any_model_rounds_as_over_a_mixtral(dtype):
+    """In bfloat16 too, where routing is the model's own and rounding is done in 32 bits."""
+    model = AutoModelForCausalLM.from_pretrained(standin.PATH, dtype=dtype)
+    token_ids, rounder = page_ids(1), Rounder("awq", "int3")
+    name = "model.layers.0.mlp.experts.down_proj"
+    with rounded_experts(model, token_ids, rounder):
+        expected = model.get_parameter(name).detach().clone()
+    with restored(model.parameters()):
+        parts = round_model(
+            model, token_ids, lambda part: rounder if part.component == "experts" else None
+        )
+        same = (model.get_parameter(name) == expected).float().mean()
+        assert same == 1 if dtype == torch.float32 else same > 0.9
+    assert len(parts) == 4 * 8 * 3
+    assert not torch.equal(model.get_parameter(name), expected)
 
 
 # ----------------------------------------------------------------------------------------- errors

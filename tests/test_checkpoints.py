@@ -16,7 +16,7 @@ from random_checkpoints import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2MoeConfig
 
 from labutils import checkpoints, experts, standin
 from labutils.budget import predict
@@ -153,6 +153,20 @@ def test_the_proof_fails_for_anything_but_what_is_there(published, asked, messag
     covered.require(Recipe())
     with pytest.raises(NotCovered, match=message):
         covered.require(asked)
+
+
+def test_biases_stay_in_16_bits_and_are_not_asked_for(tmp_path):
+    """Qwen2-MoE's attention has biases beside its matrices."""
+    config = Qwen2MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1,
+        shared_expert_intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=4, num_experts_per_tok=2, vocab_size=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    recipe = Recipe(attention="nf4")
+    model = load(tmp_path / "m", recipe)
+    assert model.model.layers[0].self_attn.q_proj.bias.dtype == torch.bfloat16
+    coverage(model).require(recipe)
 
 
 def test_text_is_printed_as_it_comes_and_its_phases_are_marked(capsys):

@@ -20,8 +20,8 @@ def coverage_of(format: str, bits: int) -> Coverage:
     """Sixteen experts' weights stored in so many bits, and eight of attention in 16."""
     return Coverage(
         (
-            StoredWeight(Part("experts", 0, 0, "up_proj"), 16 * MIB, format, bits * 2 * MIB),
-            StoredWeight(Part("attention", 0), 8 * MIB, "bf16", 16 * MIB),
+            StoredWeight(Part("experts", 0, 0, "up_proj"), (16, MIB), format, bits * 2 * MIB),
+            StoredWeight(Part("attention", 0), (8, MIB), "bf16", 16 * MIB),
         )
     )
 

@@ -5,10 +5,10 @@ import torch
 from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from labutils.budget import predict
-from labutils.ledger import PUBLISHED, Ledger, ledger_of
+from labutils.ledger import PUBLISHED, ledger_of
 from labutils.recipes import Recipe
 
 BILLION = 10**9
@@ -21,7 +21,12 @@ PRINTED = {
     "Qwen3-30B-A3B": (30.5, 3.3),
     "DeepSeek-V2-Lite": (15.7, 2.4),
     "Qwen1.5-MoE-A2.7B": (14.3, 2.7),
+    "gpt-oss-20b": (20.91, 3.61),
+    "Llama-4-Scout-17B-16E": (109, 17),
 }
+
+# What the authors leave out of what is active: the embeddings of the input, in billions.
+LEFT_OUT = {"DeepSeek-V2-Lite": 0.21, "gpt-oss-20b": 0.579}
 
 # Half of the `total_size` in the index of each published checkpoint, which is stored in bf16.
 STORED = {
@@ -33,17 +38,48 @@ STORED = {
 }
 
 
+# How many experts there are, and how many of them a token meets.
+CHOSEN = {
+    "Mixtral-8x7B": (8, 2),
+    "Mixtral-8x22B": (8, 2),
+    "OLMoE-1B-7B": (64, 8),
+    "Qwen3-30B-A3B": (128, 8),
+    "DeepSeek-V2-Lite": (64, 6),
+    "Qwen1.5-MoE-A2.7B": (60, 4),
+    "gpt-oss-20b": (32, 4),
+    "Llama-4-Scout-17B-16E": (16, 1),
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_both_sizes_are_the_published_ones(name):
     ledger = ledger_of(PUBLISHED[name])
     total, active = PRINTED[name]
-    if name == "DeepSeek-V2-Lite":  # 2.4 B leaves out the embeddings of the input
-        assert ledger.active == 2_661_150_208
-        ledger = Ledger(ledger.parameters | {"embeddings": 0}, ledger.experts, ledger.top_k)
-        total -= 0.21
+    if name == "Llama-4-Scout-17B-16E":  # its eyes, 0.87 B beside the text model, are not here
+        total -= 0.87
     assert ledger.total / BILLION == pytest.approx(total, rel=0.005)
-    assert ledger.active / BILLION == pytest.approx(active, rel=0.025)
-    assert STORED.get(name) in (None, ledger_of(PUBLISHED[name]).total)
+    assert ledger.active / BILLION - LEFT_OUT.get(name, 0) == pytest.approx(active, rel=0.025)
+    assert STORED.get(name) in (None, ledger.total)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_parameter_is_counted_that_transformers_builds(name):
+    """No weight is forgotten, none counted twice, and none is of an unknown kind."""
+    config = AutoConfig.from_pretrained(PUBLISHED[name])
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    ledger = ledger_of(PUBLISHED[name])
+    assert ledger.total == built.num_parameters()
+    assert "other" not in ledger.parameters
+    assert (ledger.experts, ledger.top_k) == CHOSEN[name]
+
+
+def test_components_of_gpt_oss_are_those_in_its_paper():
+    """arXiv:2508.10925, table 1: the MLP, routers among it, attention, and both embeddings."""
+    sizes = ledger_of(PUBLISHED["gpt-oss-20b"]).parameters
+    assert (sizes["experts"] + sizes["router"]) / BILLION == pytest.approx(19.12, abs=0.005)
+    assert sizes["attention"] / BILLION == pytest.approx(0.64, abs=0.005)
+    assert (sizes["embeddings"] + sizes["lm_head"]) / BILLION == pytest.approx(1.16, abs=0.005)
 
 
 def test_mixtral_is_what_transformers_calls_mixtral():

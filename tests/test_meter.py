@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from labutils import meter as module
-from labutils.meter import MIB, Machine, Memory, Meter, Record, available_bytes, machine, mark
+from labutils.meter import (
+    MIB,
+    Machine,
+    Memory,
+    Meter,
+    Record,
+    available_bytes,
+    machine,
+    mark,
+    sized,
+)
 
 TOLERANCE_BYTES = 8 * MIB  # the kernel's counters, thread stacks, what the interpreter needs
 
@@ -494,3 +504,8 @@ def test_machine_as_it_is() -> None:
     here = machine()
     assert here.cores >= 1 and here.platform
     assert 0 < here.available_bytes <= here.total_bytes
+
+
+def test_bytes_are_read_in_gibibytes_or_mebibytes() -> None:
+    assert sized(3 * 2**29) == "1.50 GiB" and sized(2**30) == "1.00 GiB"
+    assert sized(2**30 - 2**20) == "1023.00 MiB" and sized(0) == "0.00 MiB"

@@ -15,6 +15,8 @@ MOVES = {
     "app-threshold": ("03_quantize_the_experts", ".noUi-handle", "ArrowLeft"),
     "app-calibrated": ("04_calibrated_rounding", ".noUi-handle", "ArrowRight"),
     "app-shaker": ("05_expert_flips", ".noUi-handle", "ArrowRight"),
+    "app-mixture": ("06_recipes_and_budget", "select", "ArrowDown"),
+    "app-planner": ("06_recipes_and_budget", ".noUi-handle", "ArrowRight"),
 }
 TITLE = "chart => chart.layout.title.text"
 
