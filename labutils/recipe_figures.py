@@ -428,9 +428,12 @@ def damage_per_byte(ours: pd.DataFrame, published: pd.DataFrame) -> Figure:
         template=TEMPLATE,
         height=430,
         title={
-            "text": f"A byte saved on {bits}-bit attention costs {_times(ratios[0])} what one on "
-            f"the experts does; published: {_times(ratios[1])}",
-            "subtitle": {"text": "each part alone in fewer bits, all else in 16"},
+            "text": f"At {bits} bits a byte saved in attention costs {_times(ratios[0])} one in "
+            f"the experts",
+            "subtitle": {
+                "text": f"each part alone in fewer bits, all else in 16; published for "
+                f"Mixtral-8x7B: {_times(ratios[1])}"
+            },
         },
         margin={"t": 100},
     )

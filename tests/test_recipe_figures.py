@@ -191,9 +191,9 @@ def test_damage_per_byte_names_both_ratios_at_the_fewest_bits():
     ours = ours.assign(rise_low=ours.rise / 2, rise_high=ours.rise * 2)
     figure = damage_per_byte(ours, published())
     assert figure.layout.title.text == (
-        "A byte saved on 2-bit attention costs 100 times what one on the experts does; "
-        "published: 50 times"
+        "At 2 bits a byte saved in attention costs 100 times one in the experts"
     )
+    assert figure.layout.title.subtitle.text.endswith("published for Mixtral-8x7B: 50 times")
     attention, experts, ratio, theirs, *_ = figure.data
     assert list(experts.y) == pytest.approx([0.1 / 8, 0.01 / 7])
     assert list(attention.error_y.array) == pytest.approx([0.5 / 0.4, 0.02 / 0.3])
