@@ -326,8 +326,8 @@ def verdicts(table: pd.DataFrame, done: str) -> Figure:
             "text": f"{done[0].upper()}{done[1:]}: {found[FITS]} of {len(table)} fit, "
             f"{found[SHORTER] + found[OFFLOADED]} more with a compromise",
             "subtitle": {
-                "text": "GiB left on the fullest card with everything on the cards, below 0: "
-                "missing. Below a machine's name: what it has for a model, on each card"
+                "text": "GiB left, below 0 missing, with everything on the fullest card; by its "
+                "name what it has for a model"
             },
         },
         legend={"traceorder": "normal"},

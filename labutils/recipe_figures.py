@@ -570,8 +570,8 @@ def _allocation_title(table: pd.DataFrame) -> dict:
     if "ratio_low" in table:
         interval = f" [{here.ratio_low:.0%}, {here.ratio_high:.0%}]"
     return {
-        "text": f"At {here.bits_per_weight:.2f} bits a weight, bits shared out exactly lose "
-        f"{share:.0%}{interval} of what uniform ones lose",
+        "text": f"Bits shared out exactly lose {share:.0%}{interval} of the KL of "
+        f"{here.bits_per_weight:.2f} bits for all",
         "subtitle": {"text": "KL at equal bytes; <i>simulated</i>; intervals are 95%, over pages"},
     }
 
@@ -616,9 +616,11 @@ def additivity(table: pd.DataFrame) -> Figure:
     factors = np.exp(np.abs(np.log(table.measured / table.predicted)))
     figure.update_layout(
         title={
-            "text": f"Sums of single costs are right within a factor {factors.max():.2g} "
-            f"({len(table)} mixtures), half of them within {factors.median():.2g}",
-            "subtitle": {"text": "<i>simulated</i>; intervals are 95%, over pages"},
+            "text": f"Sums of single costs are right within a factor {factors.max():.2g}, half of "
+            f"them within {factors.median():.2g}",
+            "subtitle": {
+                "text": f"{len(table)} mixtures; <i>simulated</i>; intervals are 95%, over pages"
+            },
         }
     )
     figure.update_xaxes(kl_axis.layout | {"title": "sum of the costs of each alone (nats)"})

@@ -217,7 +217,7 @@ BITS, USE = np.array([[2, 4], [3, 3]]), np.array([[0.25, 0.75], [0.5, 0.5]])
 def test_allocations_are_held_against_uniform_bits():
     figure = allocations(methods(), BITS, USE)
     assert figure.layout.title.text == (
-        "At 3.50 bits a weight, bits shared out exactly lose 33% of what uniform ones lose"
+        "Bits shared out exactly lose 33% of the KL of 3.50 bits for all"
     )
     bits, use = figure.data[-2:]
     assert bits.text.tolist() == [["2", "4"], ["3", "3"]]
@@ -249,7 +249,7 @@ def test_additivity_names_the_largest_factor_either_way():
     table = table.assign(measured_low=table.measured / 2, measured_high=2 * table.measured)
     figure = additivity(table)
     assert figure.layout.title.text == (
-        "Sums of single costs are right within a factor 4 (3 mixtures), half of them within 2"
+        "Sums of single costs are right within a factor 4, half of them within 2"
     )
     diagonal, exact, uniform = figure.data
     assert diagonal.x == diagonal.y
