@@ -398,7 +398,7 @@ def take_apart(model: nn.Module) -> None:
     """
     for name, fused in list(fused_experts(model)):
         plain = (
-            fused.has_gate
+            getattr(fused, "has_gate", False)
             and fused.is_concatenated
             and not (fused.has_bias or fused.is_transposed or fused.has_post_expert_norm)
             and fused._apply_gate.__name__ == "_default_apply_gate"

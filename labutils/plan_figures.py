@@ -10,15 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
-from plotly.subplots import make_subplots
 
 from .anatomy import COMPONENTS
-from .meter import GIB, MIB
+from .meter import GIB
 from .planner import FITS, OFFLOADED, SHORTER, TOO_LARGE, VERDICTS, Plan
-from .style import COLORS, INK, SOFT_INK, TEMPLATE
+from .style import COLORS, INK, TEMPLATE
 
 _STACKED = (*COMPONENTS, "kv_cache", "activations")
 _ACTIVATIONS = "#C9A9C4"  # in the manner of the KV cache: both come with the context
@@ -353,87 +351,3 @@ def _cell(cell: pd.Series) -> str:
 
 def _spare(gib: float) -> str:
     return f"{gib:,.{0 if abs(gib) >= 100 else 1}f}".replace("-", "\u2212")
-
-
-# ---------------------------------------------------------------------------- predicted and loaded
-
-
-def predicted_and_loaded(table: pd.DataFrame) -> Figure:
-    """Predicted bytes, and those that loading really took; one panel for each load.
-
-    `table` has the columns what (a load), component, predicted_bytes and stored_bytes. Beside each
-    component stands the difference, in percent of what is stored.
-    """
-    loads = list(table.what.unique())
-    components = list(table.component.unique())
-    figure = make_subplots(
-        rows=1, cols=len(loads), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=loads
-    )
-    difference = 100 * (table.predicted_bytes / table.stored_bytes - 1)
-    for column, load in enumerate(loads, start=1):
-        rows = table[table.what == load]
-        for name, sizes, marker in (
-            (
-                "predicted",
-                rows.predicted_bytes,
-                {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 2}},
-            ),
-            ("stored", rows.stored_bytes, {"symbol": "circle", "size": 8, "color": "#0072B2"}),
-        ):
-            figure.add_scatter(
-                x=sizes / MIB,
-                y=rows.component,
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                mode="markers+text" if name == "predicted" else "markers",
-                marker=marker,
-                text=[f"  {_difference(value)}" for value in difference[rows.index]],
-                textposition="middle right",
-                textfont={"size": 11, "color": SOFT_INK},
-                cliponaxis=False,
-                customdata=sizes,
-                hovertemplate=f"%{{y}}: %{{customdata:,}} bytes {name}<extra>{load}</extra>",
-                row=1,
-                col=column,
-            )
-    figure.update_layout(
-        template=TEMPLATE,
-        height=200 + 34 * len(components),
-        title=_loaded_title(table, difference),
-        margin={"t": 100},
-    )
-    sizes = np.log10(table[["predicted_bytes", "stored_bytes"]].to_numpy() / MIB)
-    figure.update_xaxes(
-        type="log",
-        dtick=1,
-        tickformat="~g",
-        range=[sizes.min() - 0.3, sizes.max() + 0.35 * (sizes.max() - sizes.min())],
-        title="MiB = 2\u00b2\u2070 bytes",
-    )
-    figure.update_yaxes(range=[len(components) - 0.5, -0.5], ticks="", ticksuffix=" ")
-    figure.update_annotations(font_size=13)
-    return figure
-
-
-def _loaded_title(table: pd.DataFrame, difference: pd.Series) -> dict:
-    sums = table.groupby("what", sort=False)[["predicted_bytes", "stored_bytes"]].sum()
-    whole = 100 * (sums.predicted_bytes / sums.stored_bytes - 1).abs()
-    if (difference == 0).all():
-        text = f"All {len(table)} predictions are right to the byte"
-    else:
-        worst = table.loc[difference.abs().idxmax()]
-        text = (
-            f"Predicted within {whole.max():.2g}% of what {len(sums)} loads took; the worst "
-            f"component, {worst.component}, within {difference.abs().max():.2g}%"
-        )
-    return {
-        "text": text,
-        "subtitle": {"text": "stored bytes of the weights with their constants, as loaded here"},
-    }
-
-
-def _difference(percent: float) -> str:
-    if percent == 0:
-        return "exact"
-    return f"{percent:+.2g}%".replace("-", "\u2212")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_checkpoints import read_tensors, write_any
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig
 
 from labutils.budget import predict
 from labutils.experts import (
@@ -19,6 +19,7 @@ from labutils.experts import (
     quantize_4bit,
     quantized_linears,
     storage_of,
+    take_apart,
     to_kernel_order,
     to_row_order,
 )
@@ -260,6 +261,17 @@ def test_experts_that_are_not_plain_swiglu_are_refused(tmp_path):
     source = write_any(tmp_path / "source", config, seed=0)
     with pytest.raises(ValueError, match=r"GptOssExperts.*has biases, a transposed layout"):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=RecipeConfig())
+
+
+def test_transposed_experts_without_biases_are_refused_as_well():
+    config = Llama4TextConfig(
+        hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, vocab_size=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"Llama4TextExperts.*has biases, a transposed layout"):
+        take_apart(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,12 +1,11 @@
 """Pictures of plans: every byte in the stack, every verdict with its number."""
 
-import pandas as pd
 import pytest
 from random_checkpoints import mixtral_config
 
 from labutils.apps import redraw
 from labutils.meter import GIB
-from labutils.plan_figures import memory_of, predicted_and_loaded, verdicts
+from labutils.plan_figures import memory_of, verdicts
 from labutils.planner import (
     CONTEXT_BYTES,
     FITS,
@@ -131,28 +130,3 @@ def test_verdicts_have_a_cell_for_each_pair():
     assert figure.layout.title.text == (
         "Experts in NF4, 1,024 tokens: 1 of 8 fit, 2 more with a compromise"
     )
-
-
-def loads(off: int) -> pd.DataFrame:
-    rows = [
-        ("stand-in", "experts", 100_000, 100_000), ("stand-in", "router", 1000, 1000),
-        ("wide", "experts", 2_000_000, 2_000_000 + off), ("wide", "router", 5000, 5000),
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["what", "component", "predicted_bytes", "stored_bytes"])
-
-
-def test_right_predictions_are_called_exact():
-    figure = predicted_and_loaded(loads(0))
-    assert figure.layout.title.text == "All 4 predictions are right to the byte"
-    assert {text.strip() for text in figure.data[0].text} == {"exact"}
-    assert [note.text for note in figure.layout.annotations] == ["stand-in", "wide"]
-
-
-def test_a_difference_is_of_what_was_stored():
-    figure = predicted_and_loaded(loads(8000))
-    assert figure.layout.title.text == (
-        "Predicted within 0.4% of what 2 loads took; the worst component, experts, within 0.4%"
-    )
-    predicted, stored = figure.data[2:]
-    assert predicted.text[0].strip() == "\u22120.4%" and predicted.text[1].strip() == "exact"
-    assert stored.x[0] - predicted.x[0] == pytest.approx(8000 / 2**20)
