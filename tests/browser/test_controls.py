@@ -15,7 +15,7 @@ MOVES = {
     "app-threshold": ("03_quantize_the_experts", ".noUi-handle", "ArrowLeft"),
     "app-calibrated": ("04_calibrated_rounding", ".noUi-handle", "ArrowRight"),
     "app-shaker": ("05_expert_flips", ".noUi-handle", "ArrowRight"),
-    "app-mixture": ("06_recipes_and_budget", "select", "ArrowDown"),
+    "app-mixture": ("06_recipes_and_budget", "select", "int3"),
     "app-planner": ("06_recipes_and_budget", ".noUi-handle", "ArrowRight"),
 }
 TITLE = "chart => chart.layout.title.text"
@@ -35,7 +35,8 @@ def test_moving_a_control_changes_the_picture(
         chart = notebook.plot(index)
         chart.locator(".main-svg").first.wait_for()
         before = chart.evaluate(TITLE)
-        notebook.cell(index).locator(handle).first.press(key)
+        control = notebook.cell(index).locator(handle).first
+        control.select_option(label=key) if handle == "select" else control.press(key)
         wait_for_another_title(chart, before)
     assert notebook.outside == [] and notebook.errors == []
 
