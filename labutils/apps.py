@@ -574,7 +574,7 @@ def mixture(shaker: Shaker) -> widgets.VBox:
         tried[here] = {
             "mib": budget.total_bytes / MIB,
             "kl": shaken.kl.mean().item(),
-            "answers_kept": bool((shaken.right >= shaken.reference_right).all()),
+            "answers_kept": shaken.answers_kept,
             "label": str(here),
         }
         return mixture_view(budget, whole, here, shaken, pd.DataFrame(tried.values()))

@@ -1,8 +1,9 @@
 """A recipe taken elsewhere: code and files, ready to run, for the engines that people use.
 
-Each function gives a `Handout` of one engine: a text to be saved as a file, how far it was checked
+`handouts` gives a `Handout` for each engine: a text to be saved as a file, how far it was checked
 here, and warnings. Whatever the engine cannot express is in the warnings, with what stands in its
-place; where nothing sensible can, it is a ValueError.
+place; where nothing sensible can, it is refused. The functions that make one take a `Skeleton`, a
+model without its weights and the recipe for it, and raise ValueError there.
 
 | engine | text | checked |
 |---|---|---|
@@ -25,7 +26,7 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import yaml
@@ -125,17 +126,17 @@ def handouts(model_name: str, config, recipe: Recipe) -> tuple[Handout, ...]:
     Raises ValueError for an override that fits no part of the model, for a model without experts,
     and for a name that is empty or looks like an option.
     """
-    model = _Skeleton.of(model_name, config, recipe)
-    makers: dict[str, Callable[[_Skeleton], Handout]] = {
-        "this lab": _labutils,
-        "transformers, this lab's quantizer": _transformers,
-        "transformers, stock bitsandbytes": _bitsandbytes,
-        "llm-compressor": _llm_compressor,
-        "GPTQModel": _gptqmodel,
-        "vLLM, one GPU": lambda model: _vllm(model, 1, 1),
-        "vLLM, two GPUs": lambda model: _vllm(model, 2, 1),
-        "vLLM, two machines": lambda model: _vllm(model, 2, 2),
-        "llama.cpp": _llama_cpp,
+    model = Skeleton.of(model_name, config, recipe)
+    makers: dict[str, Callable[[Skeleton], Handout]] = {
+        "this lab": labutils,
+        "transformers, this lab's quantizer": transformers,
+        "transformers, stock bitsandbytes": bitsandbytes,
+        "llm-compressor": llm_compressor,
+        "GPTQModel": gptqmodel,
+        "vLLM, one GPU": vllm,
+        "vLLM, two GPUs": partial(vllm, gpus=2),
+        "vLLM, two machines": partial(vllm, gpus=2, nodes=2),
+        "llama.cpp": llama_cpp,
     }
     made = []
     for engine, make in makers.items():
@@ -149,7 +150,7 @@ def handouts(model_name: str, config, recipe: Recipe) -> tuple[Handout, ...]:
 # ------------------------------------------------------------------- transformers and Python
 
 
-def labutils(model_name: str, config, recipe: Recipe) -> Handout:
+def labutils(model: "Skeleton") -> Handout:
     """Code that loads the model through `checkpoints.load`: checked before, proved afterwards.
 
     Checked by running it on the stand-in.
@@ -158,10 +159,6 @@ def labutils(model_name: str, config, recipe: Recipe) -> Handout:
     experts that are no plain gate, up and down matrices (gpt-oss, Llama-4), and for a model that
     another method has quantized.
     """
-    return _labutils(_Skeleton.of(model_name, config, recipe))
-
-
-def _labutils(model: "_Skeleton") -> Handout:
     model.require_loadable()
     text = f"""\
 from labutils.checkpoints import coverage, load
@@ -174,7 +171,7 @@ print(coverage(model).table)
     return Handout("this lab", "load_checked.py", text, LOADED)
 
 
-def transformers(model_name: str, config, recipe: Recipe) -> Handout:
+def transformers(model: "Skeleton") -> Handout:
     """Code that loads the model with transformers alone and this lab's quantizer.
 
     Checked by running it on the stand-in.
@@ -183,10 +180,6 @@ def transformers(model_name: str, config, recipe: Recipe) -> Handout:
     experts that are no plain gate, up and down matrices (gpt-oss, Llama-4), and for a model that
     another method has quantized.
     """
-    return _transformers(_Skeleton.of(model_name, config, recipe))
-
-
-def _transformers(model: "_Skeleton") -> Handout:
     model.require_loadable()
     text = f"""\
 import torch
@@ -206,7 +199,7 @@ model = AutoModelForCausalLM.from_pretrained(
     return Handout("transformers, this lab's quantizer", "load_plain.py", text, LOADED)
 
 
-def bitsandbytes(model_name: str, config, recipe: Recipe) -> Handout:
+def bitsandbytes(model: "Skeleton") -> Handout:
     """Code for `BitsAndBytesConfig` as transformers 5 has it, with the warning of what it skips.
 
     It replaces modules that are exactly `nn.Linear`. The fused experts of transformers 5 are none,
@@ -217,10 +210,6 @@ def bitsandbytes(model_name: str, config, recipe: Recipe) -> Handout:
     Raises ValueError unless the recipe quantizes in one format, which is nf4, fp4 or int8, and
     bitsandbytes would quantize anything at all.
     """
-    return _bitsandbytes(_Skeleton.of(model_name, config, recipe))
-
-
-def _bitsandbytes(model: "_Skeleton") -> Handout:
     recipe = model.recipe
     wanted = model.quantized
     formats = {model.formats[module] for module in wanted}
@@ -271,7 +260,7 @@ model = AutoModelForCausalLM.from_pretrained(
     )
 
 
-def _skipped(model: "_Skeleton", reached: Sequence["_Module"]) -> list[str]:
+def _skipped(model: "Skeleton", reached: Sequence["_Module"]) -> list[str]:
     """What the recipe quantizes and bitsandbytes will leave in 16 bits, in a sentence."""
     names = {module.name for module in reached}
     skipped = [module for module in model.quantized if module.name not in names]
@@ -290,7 +279,7 @@ def _skipped(model: "_Skeleton", reached: Sequence["_Module"]) -> list[str]:
 # ------------------------------------------------------------------------- calibrating engines
 
 
-def llm_compressor(model_name: str, config, recipe: Recipe) -> Handout:
+def llm_compressor(model: "Skeleton") -> Handout:
     """A YAML recipe for llm-compressor: one group for each format, its modules by regular name.
 
     The patterns fit the names that transformers 5 gives to experts taken apart, as llm-compressor's
@@ -303,10 +292,6 @@ def llm_compressor(model_name: str, config, recipe: Recipe) -> Handout:
 
     Raises ValueError if nothing is left to quantize, or blocks do not divide a row.
     """
-    return _llm_compressor(_Skeleton.of(model_name, config, recipe))
-
-
-def _llm_compressor(model: "_Skeleton") -> Handout:
     chosen, warnings = _in_reach(model, NEAREST_INTEGER, "compressed-tensors")
     _check_rows(chosen, model.recipe)
     groups = {
@@ -371,7 +356,7 @@ def _scheme(format: str, recipe: Recipe) -> dict:
     }
 
 
-def gptqmodel(model_name: str, config, recipe: Recipe) -> Handout:
+def gptqmodel(model: "Skeleton") -> Handout:
     """Code that quantizes the model with GPTQModel, exceptions as `dynamic` patterns.
 
     The format of most parameters is the base; `+:` patterns give others their bits and groups, `-:`
@@ -381,10 +366,6 @@ def gptqmodel(model_name: str, config, recipe: Recipe) -> Handout:
     Raises ValueError for AWQ, which this handout has no form for; for block sizes that GPTQModel
     has not; if nothing is left to quantize, or blocks do not divide a row.
     """
-    return _gptqmodel(_Skeleton.of(model_name, config, recipe))
-
-
-def _gptqmodel(model: "_Skeleton") -> Handout:
     recipe = model.recipe
     if recipe.method == "awq":
         raise ValueError("GPTQModel's AWQ has 4 bits alone; take llm-compressor for this recipe.")
@@ -448,7 +429,7 @@ def _bits(format: str, recipe: Recipe) -> dict[str, int]:
 # --------------------------------------------------------------------------------------- vLLM
 
 
-def vllm(model_name: str, config, recipe: Recipe, gpus: int = 1, nodes: int = 1) -> Handout:
+def vllm(model: "Skeleton", gpus: int = 1, nodes: int = 1) -> Handout:
     """A shell script: the recipe exported to compressed-tensors, then served by vLLM.
 
     On `nodes` machines of `gpus` GPUs each: tensor parallel inside a machine, with whole experts on
@@ -461,10 +442,6 @@ def vllm(model_name: str, config, recipe: Recipe, gpus: int = 1, nodes: int = 1)
     experts in anything but int4, int8 or mxfp4 (NF-k and FP4 become integers), and for numbers of
     GPUs or machines that do not divide attention heads or layers.
     """
-    return _vllm(_Skeleton.of(model_name, config, recipe), gpus, nodes)
-
-
-def _vllm(model: "_Skeleton", gpus: int, nodes: int) -> Handout:
     _check_parallel(model.config, gpus, nodes)
     chosen, warnings = _in_reach(model, NEAREST_INTEGER, "compressed-tensors")
     _check_rows(chosen, model.recipe)
@@ -498,7 +475,7 @@ def _on_machines(serve: list[str], nodes: int) -> list[str]:
     ]
 
 
-def _export_command(model: "_Skeleton", chosen: dict["_Module", str]) -> str:
+def _export_command(model: "Skeleton", chosen: dict["_Module", str]) -> str:
     """A command that writes the export, in the formats that stand in for the recipe's own."""
     code = (
         "from labutils.export import to_compressed_tensors; from labutils.recipes import Recipe; "
@@ -508,7 +485,7 @@ def _export_command(model: "_Skeleton", chosen: dict["_Module", str]) -> str:
     return shlex.join(["python", "-c", code])
 
 
-def _exportable(model: "_Skeleton", chosen: dict["_Module", str]) -> Recipe:
+def _exportable(model: "Skeleton", chosen: dict["_Module", str]) -> Recipe:
     """The recipe in the formats that stand in for its own, and in 16 bits what has no form."""
     recipe = model.recipe
     components = {name: _integer(getattr(recipe, name)) for name in recipe.components}
@@ -536,7 +513,7 @@ def _check_parallel(config, gpus: int, nodes: int) -> None:
         raise ValueError(f"{nodes} machines for {config.num_hidden_layers} layers are too many.")
 
 
-def _check_kernels(chosen: dict["_Module", str], model: "_Skeleton") -> None:
+def _check_kernels(chosen: dict["_Module", str], model: "Skeleton") -> None:
     """ValueError for what vLLM keeps in one matrix and the recipe in two formats, or has no kernel.
 
     It keeps all experts of a layer in one, and q, k and v, and gate and up.
@@ -570,7 +547,7 @@ def _check_kernels(chosen: dict["_Module", str], model: "_Skeleton") -> None:
 # ----------------------------------------------------------------------------------- llama.cpp
 
 
-def llama_cpp(model_name: str, config, recipe: Recipe) -> Handout:
+def llama_cpp(model: "Skeleton") -> Handout:
     """A shell script: convert_hf_to_gguf.py, then llama-quantize with a type for every tensor.
 
     Every format becomes the nearest ggml type (`GGML_TYPES`), in blocks of 32 or 256, each with a
@@ -581,10 +558,6 @@ def llama_cpp(model_name: str, config, recipe: Recipe) -> Handout:
     Raises ValueError where experts of a layer differ; for nvfp4, which llama-quantize does not
     write; for names that are unknown here; if nothing is quantized.
     """
-    return _llama_cpp(_Skeleton.of(model_name, config, recipe))
-
-
-def _llama_cpp(model: "_Skeleton") -> Handout:
     tensors = _ggml_tensors(model)
     counted = Counter()
     for module in model.quantized:
@@ -614,7 +587,7 @@ def _llama_cpp(model: "_Skeleton") -> Handout:
     return Handout("llama.cpp", "quantize_llama_cpp.sh", text, PARSED, warnings)
 
 
-def _ggml_tensors(model: "_Skeleton") -> dict[str, str]:
+def _ggml_tensors(model: "Skeleton") -> dict[str, str]:
     """The format of each tensor as llama.cpp names it, without the routers."""
     tensors = defaultdict(set)
     for module in model.modules:
@@ -658,7 +631,7 @@ def _ggml_patterns(tensors: dict[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def _ggml_warnings(model: "_Skeleton") -> tuple[str, ...]:
+def _ggml_warnings(model: "Skeleton") -> tuple[str, ...]:
     routers = [module for module in model.quantized if module.part.component == "router"]
     wanted = {m: model.formats[m] for m in model.quantized if m.part.component != "router"}
     types = {format: GGML_TYPES[format] for format in sorted(set(wanted.values()))}
@@ -691,7 +664,7 @@ class _Module(Weight):
 
 
 @dataclass(frozen=True, eq=False)
-class _Skeleton:
+class Skeleton:
     """A model without its weights: the matrices that a recipe speaks of.
 
     `linears` are the names of its `nn.Linear`s, an output head that is tied to the embeddings
@@ -708,7 +681,7 @@ class _Skeleton:
     odd_experts: bool
 
     @classmethod
-    def of(cls, name: str, config_or_path, recipe: Recipe) -> "_Skeleton":
+    def of(cls, name: str, config_or_path, recipe: Recipe) -> "Skeleton":
         if not name or name.startswith("-"):
             raise ValueError(f"{name!r} is no model: a hub name or a folder is needed.")
         if isinstance(config_or_path, str):
@@ -775,7 +748,7 @@ def _modules(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Module]:
 
 
 def _in_reach(
-    model: _Skeleton, stand_ins: dict[str, str], engine: str
+    model: Skeleton, stand_ins: dict[str, str], engine: str
 ) -> tuple[dict[_Module, str], list[str]]:
     """The matrices that an engine quantizes and their formats there, and warnings of the rest.
 

@@ -23,7 +23,7 @@ from plotly.subplots import make_subplots
 from .flips import margins
 from .meter import MIB
 from .moe import Routing
-from .style import COLORS, INK, SOFT_INK, TEMPLATE
+from .style import COLORS, INK, SOFT_INK, TEMPLATE, LogAxis
 
 _SERIES = ("#56B4E9", "#0072B2", "#E69F00", "#B0006D", "#009E73", INK)
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -434,7 +434,7 @@ def cost_by_margin(table: pd.DataFrame) -> Figure:
     and high (nats per token of that fifth).
     """
     estimates = table[["kl", "low", "high"]]
-    axis = _LogAxis.over(estimates, _LEAST_KL)
+    axis = LogAxis.over(estimates, _LEAST_KL)
     figure = Figure(layout={"template": TEMPLATE, "height": 430})
     by_layer = table.groupby("layer")
     for (layer, rows), look in zip(by_layer, _layer_looks(by_layer.ngroups), strict=True):
@@ -607,7 +607,7 @@ def expert_map(kl: pd.DataFrame, use: pd.DataFrame, done: str = "in 2 bits") -> 
 def _grouped_dots(table: pd.DataFrame, x: list[str], by: str, colors: dict[str, str]) -> Figure:
     """KL with its intervals over the groups `x`, the series of the column `by` side by side."""
     estimates = table[["kl", "low", "high"]]
-    axis = _LogAxis.over(estimates, _LEAST_KL)
+    axis = LogAxis.over(estimates, _LEAST_KL)
     figure = Figure(
         layout={"template": TEMPLATE, "height": 440, "scattermode": "group", "scattergap": 0.4}
     )
@@ -624,39 +624,6 @@ def _grouped_dots(table: pd.DataFrame, x: list[str], by: str, colors: dict[str, 
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(axis.layout("KL from the undisturbed model<br>(nats per token)"))
     return figure
-
-
-@dataclass(frozen=True)
-class _LogAxis:
-    """A logarithmic axis from `floor` to `top`; `cut` if smaller values are drawn at `floor`."""
-
-    floor: float
-    top: float
-    cut: bool
-
-    @classmethod
-    def over(cls, estimates: pd.DataFrame, least: float) -> _LogAxis:
-        """For all estimates and intervals above `least`; what is not makes it begin at a decade."""
-        values = estimates.to_numpy()
-        smallest = values[values > least].min()
-        decade = 10.0 ** math.floor(math.log10(smallest))
-        cut = bool((values <= least).any())
-        return cls(decade if cut else smallest, values.max(), cut)
-
-    def layout(self, title: str) -> dict:
-        first, last = math.log10(self.floor), math.log10(self.top)
-        exponents = range(math.ceil(first), math.ceil(last) + 1)
-        texts = [
-            f"{10.0**exponent:g}" if first >= -3 else f"10<sup>{exponent}</sup>"
-            for exponent in exponents
-        ]
-        return {
-            "title": title,
-            "type": "log",
-            "range": [first - 0.05 * (last - first), last + 0.05 * (last - first)],
-            "tickvals": [10.0**exponent for exponent in exponents],
-            "ticktext": [texts[0] + "<br>or less" * self.cut, *texts[1:]],
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -681,7 +648,7 @@ class _Curves:
         unit: str,
     ) -> None:
         """The panel of `column`: `estimates` (estimate, low, high), down to `least`."""
-        axis = _LogAxis.over(estimates, least)
+        axis = LogAxis.over(estimates, least)
         for place, (what, rows) in enumerate(self.what.groupby(self.what, sort=False)):
             figure.add_scatter(
                 x=self.x[rows.index],

@@ -24,7 +24,7 @@ from .meter import MIB
 from .recipes import Recipe
 from .shaker import Shaken
 from .shaker_figures import Panel, axis, gauges, nats, note, percent
-from .style import COLORS, INK, SOFT_INK, TEMPLATE
+from .style import COLORS, INK, SOFT_INK, TEMPLATE, LogAxis
 
 _KEPT, _LOST = "#0072B2", "#D55E00"
 _STAR = "#E69F00"
@@ -33,6 +33,7 @@ _PLOT = _HEIGHT - _MARGIN["t"] - _MARGIN["b"]  # pixels from the lowest panel to
 _GAUGES, _LOWER = (388, 405), (0, 305)  # pixels above the lowest panel
 _GHOST = "#F1F1F1"  # what a component would take in 16 bits
 _LEAST_KL, _MOST_KL = 1e-5, 10.0  # nats; the ends of the axis of all that was tried
+_KL_TITLE = "KL from the undisturbed model<br>(nats per token)"
 _MARKS = (
     ("\u25cf", _KEPT, "no answer lost"),
     ("\u2605", _STAR, "smallest of these"),
@@ -281,7 +282,7 @@ def front(table: pd.DataFrame) -> Figure:
     """
     on_kl = unbeaten(table.mib, table.kl)
     on_answers = unbeaten(table.mib, -table.accuracy)
-    kl_axis = _KlAxis.over(table.kl)
+    kl_axis = LogAxis.over(table.kl, _LEAST_KL)
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.13)
     for column, heights, best in (
         (1, table.kl.clip(lower=kl_axis.floor), on_kl),
@@ -349,7 +350,7 @@ def front(table: pd.DataFrame) -> Figure:
         tickvals=[digit * 10.0**power for power in range(-2, 6) for digit in (1, 1.5, 2, 3, 5, 7)],
         tickformat="~g",
     )
-    figure.update_yaxes(kl_axis.layout, col=1)
+    figure.update_yaxes(kl_axis.layout(_KL_TITLE), col=1)
     figure.update_yaxes(title="answers right (%)", range=[-3, 103], col=2)
     return figure
 
@@ -489,7 +490,7 @@ def allocations(table: pd.DataFrame, bits: np.ndarray, use: np.ndarray) -> Figur
             "share of its layer's choices (%)",
         ],
     )
-    kl_axis = _KlAxis.over(table[["kl", "kl_low", "kl_high"]])
+    kl_axis = LogAxis.over(table[["kl", "kl_low", "kl_high"]], _LEAST_KL)
     for method, rows in table.sort_values("bits_per_weight").groupby("method", sort=False):
         color, dash, symbol = _METHODS[method]
         figure.add_scatter(
@@ -514,7 +515,7 @@ def allocations(table: pd.DataFrame, bits: np.ndarray, use: np.ndarray) -> Figur
     )
     figure.update_annotations(font_size=13)
     figure.update_xaxes(title="bits per weight of the experts, constants included", row=1, col=1)
-    figure.update_yaxes(kl_axis.layout, row=1, col=1)
+    figure.update_yaxes(kl_axis.layout(_KL_TITLE), row=1, col=1)
     figure.update_xaxes(title="expert", row=2, col=2)
     return figure
 
@@ -583,7 +584,7 @@ def additivity(table: pd.DataFrame) -> Figure:
     and kind, which colours the points.
     """
     seen = table[["predicted", "measured", "measured_low", "measured_high"]]
-    kl_axis = _KlAxis.over(seen)
+    kl_axis = LogAxis.over(seen, _LEAST_KL)
     figure = Figure(layout={"template": TEMPLATE, "height": 470})
     ends = [kl_axis.floor, seen.to_numpy().max()]
     figure.add_scatter(
@@ -623,46 +624,12 @@ def additivity(table: pd.DataFrame) -> Figure:
             },
         }
     )
-    figure.update_xaxes(kl_axis.layout | {"title": "sum of the costs of each alone (nats)"})
-    figure.update_yaxes(kl_axis.layout | {"title": "measured together<br>(KL, nats per token)"})
+    figure.update_xaxes(kl_axis.layout("sum of the costs of each alone (nats)"))
+    figure.update_yaxes(kl_axis.layout("measured together<br>(KL, nats per token)"))
     return figure
 
 
 # ------------------------------------------------------------------------------------ drawing tools
-
-
-@dataclass(frozen=True)
-class _KlAxis:
-    """A logarithmic axis of KL; `cut` if smaller values are drawn at its `floor`."""
-
-    floor: float
-    top: float
-    cut: bool
-
-    @classmethod
-    def over(cls, kl: pd.DataFrame | pd.Series) -> _KlAxis:
-        """For all values; with some below 0.00001 it begins there or at the decade above that."""
-        values = kl.to_numpy(dtype=float)
-        values = values[np.isfinite(values)]
-        above = values[values > _LEAST_KL]
-        cut = len(above) < len(values)
-        smallest = above.min(initial=1.0)
-        floor = 10.0 ** math.floor(math.log10(smallest)) if cut else smallest
-        return cls(floor, max(values.max(), 10 * floor), cut)
-
-    @property
-    def layout(self) -> dict:
-        first, last = math.log10(self.floor), math.log10(self.top)
-        powers = range(math.ceil(first - 1e-9), math.ceil(last) + 1)
-        texts = [f"{10.0**power:g}" if power > -5 else "0.00001" for power in powers]
-        edge = 0.05 * (last - first)
-        return {
-            "title": "KL from the undisturbed model<br>(nats per token)",
-            "type": "log",
-            "range": [first - edge, last + edge],
-            "tickvals": [10.0**power for power in powers],
-            "ticktext": [texts[0] + "<br>or less" * self.cut, *texts[1:]],
-        }
 
 
 def _whiskers(rows: pd.DataFrame, floor: float, of: str = "kl") -> dict | None:

@@ -158,6 +158,11 @@ class Shaken:
     def accuracy(self) -> float:
         return float(self.right.mean())
 
+    @property
+    def answers_kept(self) -> bool:
+        """Whether no answer was lost that is right undisturbed."""
+        return bool((self.right >= self.reference_right).all())
+
     @cached_property
     def intervals(self) -> Intervals:
         """How other pages might have come out.

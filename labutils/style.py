@@ -6,6 +6,10 @@ microscaled) and the darkness says the bits. The components use Paul Tol's muted
 experts the one of Okabe and Ito (2008), then the same hues lightened.
 """
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import plotly.graph_objects as go
 import traitlets
 from plotly.graph_objects import Figure, FigureWidget
@@ -119,6 +123,44 @@ TEMPLATE = go.layout.Template(
         "yaxis": _AXIS,
     }
 )
+
+
+@dataclass(frozen=True)
+class LogAxis:
+    """A logarithmic axis from `floor` to `top`; `cut` if smaller values are drawn at `floor`."""
+
+    floor: float
+    top: float
+    cut: bool
+
+    @classmethod
+    def over(cls, values, least: float) -> "LogAxis":
+        """For all `values` above `least`, of an array or a table; with others it begins a decade.
+
+        NaN is none of them.
+        """
+        seen = np.asarray(values, dtype=float)
+        seen = seen[np.isfinite(seen)]
+        above = seen[seen > least]
+        smallest = above.min() if len(above) else 1.0
+        cut = len(above) < len(seen)
+        floor = 10.0 ** math.floor(math.log10(smallest)) if cut else smallest
+        return cls(floor, above.max(initial=10 * floor), cut)
+
+    def layout(self, title: str) -> dict:
+        first, last = math.log10(self.floor), math.log10(self.top)
+        exponents = range(math.ceil(first - 1e-9), math.ceil(last) + 1)
+        texts = [
+            f"{10.0**exponent:g}" if first >= -3 else f"10<sup>{exponent}</sup>"
+            for exponent in exponents
+        ]
+        return {
+            "title": title,
+            "type": "log",
+            "range": [first - 0.05 * (last - first), last + 0.05 * (last - first)],
+            "tickvals": [10.0**exponent for exponent in exponents],
+            "ticktext": [texts[0] + "<br>or less" * self.cut, *texts[1:]],
+        }
 
 
 class LiveFigure(FigureWidget):

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 from labutils import engines, standin
 from labutils.budget import weights_of
 from labutils.checkpoints import coverage, load
-from labutils.engines import GGML_FTYPES, GGML_TYPES, _ggml_name, _Skeleton, handouts
+from labutils.engines import GGML_FTYPES, GGML_TYPES, Skeleton, _ggml_name, handouts
 from labutils.export import load_back
 from labutils.formats import FORMATS
 from labutils.ledger import PUBLISHED
@@ -61,7 +61,7 @@ def run(handout):
 @pytest.mark.parametrize("recipe", [Recipe(), MIXED], ids=["plain", "mixed"])
 @pytest.mark.parametrize("make", [engines.labutils, engines.transformers])
 def test_the_lab_s_own_code_loads_the_recipe(make, recipe, capsys):
-    handout = make(HERE, CONFIG, recipe)
+    handout = make(Skeleton.of(HERE, CONFIG, recipe))
     coverage(run(handout)["model"]).require(recipe)
     assert (handout.checked, handout.warnings) == ("loaded", ())
 
@@ -70,7 +70,7 @@ def test_the_lab_s_own_code_loads_the_recipe(make, recipe, capsys):
 @pytest.mark.parametrize("choice", [{"experts": "int3"}, {"method": "gptq", "double_quant": False}])
 def test_what_can_only_be_simulated_is_refused(make, choice):
     with pytest.raises(ValueError, match=r"simulated|studied"):
-        make(HERE, CONFIG, Recipe(**choice))
+        make(Skeleton.of(HERE, CONFIG, Recipe(**choice)))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_can_only_be_simulated_is_refused(make, choice):
     ids=["nf4", "by layer", "int8", "one projection"],
 )
 def test_stock_bitsandbytes_skips_what_the_warning_says(recipe):
-    handout = engines.bitsandbytes(HERE, CONFIG, recipe)
+    handout = engines.bitsandbytes(Skeleton.of(HERE, CONFIG, recipe))
     covered = coverage(run(handout)["model"])
     skipped = [
         weight
@@ -110,13 +110,17 @@ def test_stock_bitsandbytes_skips_what_the_warning_says(recipe):
 
 
 def test_mixtral_s_experts_are_skipped_by_stock_bitsandbytes():
-    handout = engines.bitsandbytes("m", PUBLISHED["Mixtral-8x7B"], Recipe(attention="nf4"))
+    handout = engines.bitsandbytes(
+        Skeleton.of("m", PUBLISHED["Mixtral-8x7B"], Recipe(attention="nf4"))
+    )
     assert "45,097,156,608 parameters, 96.56% of the model" in handout.warnings[0]
     assert "take 84.00 GiB instead of 21.6" in handout.warnings[0]
 
 
 def test_stock_bitsandbytes_has_blocks_of_64():
-    handout = engines.bitsandbytes(HERE, CONFIG, Recipe(attention="nf4", block_size=128))
+    handout = engines.bitsandbytes(
+        Skeleton.of(HERE, CONFIG, Recipe(attention="nf4", block_size=128))
+    )
     assert "blocks of 64, not of 128" in handout.warnings[1]
 
 
@@ -131,11 +135,11 @@ def test_stock_bitsandbytes_has_blocks_of_64():
 )
 def test_what_stock_bitsandbytes_cannot_do_is_refused(recipe, message):
     with pytest.raises(ValueError, match=message):
-        engines.bitsandbytes(HERE, CONFIG, recipe)
+        engines.bitsandbytes(Skeleton.of(HERE, CONFIG, recipe))
 
 
 def test_a_tied_output_head_is_left_alone():
-    handout = engines.bitsandbytes("m", FAMILIES["qwen3_moe"], Recipe(attention="nf4"))
+    handout = engines.bitsandbytes(Skeleton.of("m", FAMILIES["qwen3_moe"], Recipe(attention="nf4")))
     settings = next(n for n in ast.walk(ast.parse(handout.text)) if isinstance(n, ast.Call))
     chosen = {keyword.arg: ast.unparse(keyword.value) for keyword in settings.keywords}
     assert "lm_head" in chosen["llm_int8_skip_modules"]
@@ -145,7 +149,7 @@ def test_a_tied_output_head_is_left_alone():
 
 
 def modifiers(recipe, config=CONFIG):
-    text = engines.llm_compressor(HERE, config, recipe).text
+    text = engines.llm_compressor(Skeleton.of(HERE, config, recipe)).text
     return yaml.safe_load(text)["quant_stage"]["quant_modifiers"]
 
 
@@ -170,7 +174,7 @@ def test_compressed_tensors_finds_every_module_in_its_group(family, recipe):
     for group in groups:
         QuantizationScheme.model_validate(group)
     bits = {"nf4": 4, "int8": 8}
-    for name, format in expected(_Skeleton.of("m", config, recipe)).items():
+    for name, format in expected(Skeleton.of("m", config, recipe)).items():
         for called in (name, published(name)):
             found = [
                 group["weights"]["num_bits"]
@@ -217,34 +221,34 @@ def test_blocks_and_rows_are_those_of_the_recipe():
 )
 def test_the_method_is_the_modifier(method, names):
     recipe = Recipe("int4", double_quant=False, method=method)
-    handout = engines.llm_compressor(HERE, CONFIG, recipe)
+    handout = engines.llm_compressor(Skeleton.of(HERE, CONFIG, recipe))
     assert list(modifiers(recipe)) == names
     assert any("calibration text" in warning for warning in handout.warnings) == (method != "rtn")
 
 
 def test_what_is_changed_or_left_is_in_the_warnings():
     for handout in (
-        engines.llm_compressor(HERE, CONFIG, MIXED),
-        engines.gptqmodel(HERE, CONFIG, MIXED),
+        engines.llm_compressor(Skeleton.of(HERE, CONFIG, MIXED)),
+        engines.gptqmodel(Skeleton.of(HERE, CONFIG, MIXED)),
     ):
         said = " ".join(handout.warnings)
         assert "has no nf4: int4 stands in for it" in said
         assert "Left in bf16: router." in said
         assert "no double quantization" in said
-    exact = engines.llm_compressor(HERE, CONFIG, Recipe("int4", double_quant=False))
+    exact = engines.llm_compressor(Skeleton.of(HERE, CONFIG, Recipe("int4", double_quant=False)))
     assert exact.warnings == ()
 
 
 @pytest.mark.parametrize("make", [engines.llm_compressor, engines.gptqmodel])
 def test_rows_that_are_no_whole_blocks_are_refused(make):
     with pytest.raises(ValueError, match="rows of 128 weights, which blocks of 256 do not divide"):
-        make(HERE, CONFIG, Recipe("int4", block_size=256))
+        make(Skeleton.of(HERE, CONFIG, Recipe("int4", block_size=256)))
 
 
 @pytest.mark.parametrize("make", [engines.llm_compressor, engines.gptqmodel, engines.llama_cpp])
 def test_nothing_to_quantize_is_refused(make):
     with pytest.raises(ValueError, match="quantizes nothing"):
-        make(HERE, CONFIG, Recipe("bf16", router="int8"))
+        make(Skeleton.of(HERE, CONFIG, Recipe("bf16", router="int8")))
 
 
 # ------------------------------------------------------------------------------------ GPTQModel
@@ -259,7 +263,7 @@ def test_gptqmodel_s_patterns_give_every_module_its_bits(family):
         block_size=32,
         overrides={"layers.1.experts.3": "int3", "layers.0": "bf16"},
     )
-    text = engines.gptqmodel("m", config, recipe).text
+    text = engines.gptqmodel(Skeleton.of("m", config, recipe)).text
     call = next(
         node
         for node in ast.walk(ast.parse(text))
@@ -267,7 +271,7 @@ def test_gptqmodel_s_patterns_give_every_module_its_bits(family):
     )
     settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     assert (settings["bits"], settings["group_size"]) == (4, 32)
-    for name, format in expected(_Skeleton.of("m", config, recipe)).items():
+    for name, format in expected(Skeleton.of("m", config, recipe)).items():
         found = settings["bits"]
         for pattern, its in settings["dynamic"].items():
             if re.match(pattern[2:], name):
@@ -289,14 +293,14 @@ def test_gptqmodel_s_patterns_give_every_module_its_bits(family):
 )
 def test_what_gptqmodel_has_not_is_refused(recipe, message):
     with pytest.raises(ValueError, match=message):
-        engines.gptqmodel("m", PUBLISHED["Mixtral-8x7B"], recipe)
+        engines.gptqmodel(Skeleton.of("m", PUBLISHED["Mixtral-8x7B"], recipe))
 
 
 # ----------------------------------------------------------------------------------------- vLLM
 
 
 def test_vllm_serves_what_the_script_exports(tmp_path):
-    handout = engines.vllm(HERE, CONFIG, BY_LAYER)
+    handout = engines.vllm(Skeleton.of(HERE, CONFIG, BY_LAYER))
     export = next(line for line in handout.text.splitlines() if "python" in line)
     code = shlex.split(export)[-1]
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
@@ -319,13 +323,15 @@ def test_vllm_serves_what_the_script_exports(tmp_path):
 )
 def test_vllm_s_command_line(gpus, nodes, wanted):
     recipe = Recipe("int4", double_quant=False)
-    assert engines.vllm(HERE, CONFIG, recipe, gpus, nodes).text.splitlines()[-1] == wanted
+    assert (
+        engines.vllm(Skeleton.of(HERE, CONFIG, recipe), gpus, nodes).text.splitlines()[-1] == wanted
+    )
 
 
 def test_vllm_on_several_machines(tmp_path):
     """The script as it runs on the second of two, with a `vllm` that says what it was given."""
     recipe = Recipe("int4", double_quant=False)
-    (tmp_path / "serve.sh").write_text(engines.vllm(HERE, CONFIG, recipe, 2, 2).text)
+    (tmp_path / "serve.sh").write_text(engines.vllm(Skeleton.of(HERE, CONFIG, recipe), 2, 2).text)
     (tmp_path / "quantized").mkdir()
     (tmp_path / "vllm").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "vllm").chmod(0o755)
@@ -350,7 +356,7 @@ def test_vllm_on_several_machines(tmp_path):
 
 def test_a_calibrated_recipe_is_served_from_llm_compressor_s_folder():
     recipe = Recipe("int4", double_quant=False, method="gptq")
-    handout = engines.vllm(HERE, CONFIG, recipe)
+    handout = engines.vllm(Skeleton.of(HERE, CONFIG, recipe))
     assert "export" not in handout.text
     assert "llm-compressor writes with gptq" in handout.warnings[-1]
 
@@ -371,7 +377,7 @@ def test_a_calibrated_recipe_is_served_from_llm_compressor_s_folder():
 )
 def test_what_vllm_would_not_load_is_refused(recipe, gpus, nodes, message):
     with pytest.raises(ValueError, match=message):
-        engines.vllm(HERE, CONFIG, recipe, gpus, nodes)
+        engines.vllm(Skeleton.of(HERE, CONFIG, recipe), gpus, nodes)
 
 
 # ------------------------------------------------------------------------------------ llama.cpp
@@ -387,7 +393,7 @@ def test_ggml_s_types_and_blocks_are_its_own():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_has_the_names_that_its_library_maps_to(family):
     names = gguf.get_tensor_name_map(ARCHITECTURES[family], 2)
-    for module in _Skeleton.of("m", IN_LLAMA_CPP[family], Recipe()).modules:
+    for module in Skeleton.of("m", IN_LLAMA_CPP[family], Recipe()).modules:
         if module.part.component == "router":
             continue
         stacked = re.sub(r"experts\.\d+\.", "experts.", module.name)
@@ -402,7 +408,7 @@ def quantize_line(handout):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_llama_cpp_has_one_type(family):
     recipe = Recipe(attention="int8", overrides={"layers.1.experts.*.down_proj": "int8"})
-    line = quantize_line(engines.llama_cpp("m", IN_LLAMA_CPP[family], recipe))
+    line = quantize_line(engines.llama_cpp(Skeleton.of("m", IN_LLAMA_CPP[family], recipe)))
     types = [line[at + 1] for at, word in enumerate(line) if word == "--tensor-type"]
     found = {}
     for layer in range(2):
@@ -424,17 +430,17 @@ def test_every_tensor_of_llama_cpp_has_one_type(family):
 
 def test_llama_quantize_is_given_the_type_of_most_weights():
     for recipe, base in ((Recipe(), "IQ4_NL"), (BY_LAYER, "IQ4_NL"), (Recipe("int8"), "Q8_0")):
-        assert quantize_line(engines.llama_cpp(HERE, CONFIG, recipe))[-1] == base
+        assert quantize_line(engines.llama_cpp(Skeleton.of(HERE, CONFIG, recipe)))[-1] == base
 
 
 def test_mxfp4_is_exact_and_has_a_name_of_its_own():
-    handout = engines.llama_cpp(HERE, CONFIG, Recipe("mxfp4"))
+    handout = engines.llama_cpp(Skeleton.of(HERE, CONFIG, Recipe("mxfp4")))
     assert quantize_line(handout)[-1] == GGML_FTYPES["mxfp4"]
     assert handout.warnings == ()
 
 
 def test_what_llama_cpp_changes_is_in_the_warnings():
-    said = " ".join(engines.llama_cpp(HERE, CONFIG, BY_LAYER).warnings)
+    said = " ".join(engines.llama_cpp(Skeleton.of(HERE, CONFIG, BY_LAYER)).warnings)
     for words in (
         "nf4 becomes iq4_nl, blocks of 32",
         "int8 becomes q8_0",
@@ -442,7 +448,9 @@ def test_what_llama_cpp_changes_is_in_the_warnings():
     ):
         assert words in said
     assert "no double quantization" in said
-    uneven = engines.llama_cpp(HERE, CONFIG, Recipe("int3", method="gptq", double_quant=False))
+    uneven = engines.llama_cpp(
+        Skeleton.of(HERE, CONFIG, Recipe("int3", method="gptq", double_quant=False))
+    )
     assert "Rows of 128 weights are no whole blocks" in " ".join(uneven.warnings)
     assert "the recipe asks for gptq" in uneven.warnings[-1]
 
@@ -456,7 +464,7 @@ def test_what_llama_cpp_changes_is_in_the_warnings():
 )
 def test_what_llama_cpp_cannot_hold_is_refused(recipe, message):
     with pytest.raises(ValueError, match=message):
-        engines.llama_cpp(HERE, CONFIG, recipe)
+        engines.llama_cpp(Skeleton.of(HERE, CONFIG, recipe))
 
 
 # ------------------------------------------------------------------------------------- together
@@ -517,7 +525,7 @@ def test_what_load_would_refuse_is_refused():
         assert "mixes bf16 and fp32" in made[engine].warnings[0]
     stored = MixtralConfig(**CONFIG.to_dict() | {"quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(ValueError, match="quantized with gptq, which this lab does not read"):
-        engines.labutils(HERE, stored, Recipe())
+        engines.labutils(Skeleton.of(HERE, stored, Recipe()))
 
 
 def test_a_published_model_goes_by_its_name():
@@ -537,7 +545,7 @@ def test_an_override_of_nothing_is_refused():
 
 
 def test_nothing_of_a_model_is_forgotten():
-    model = _Skeleton.of("m", CONFIG, Recipe())
+    model = Skeleton.of("m", CONFIG, Recipe())
     parts = {weight.part for weight in weights_of(CONFIG) if len(weight.shape) == 2}
     assert {module.part for module in model.modules} == parts
     assert model.parameters == standin.scores()["parameters"]

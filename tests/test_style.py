@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from labutils.formats import FORMATS
-from labutils.style import COLORS
+from labutils.style import COLORS, LogAxis
 
 EYES = {  # Machado, Oliveira and Fernandes 2009, severity 1, for linear RGB
     "usual": np.eye(3),
@@ -58,3 +58,13 @@ def test_colours_can_be_told_apart(group: str, eyes: str) -> None:
 
 def test_every_format_has_a_colour() -> None:
     assert set(FORMATS) <= set(COLORS)
+
+
+def test_a_logarithmic_axis_ends_with_its_values_or_is_cut_at_a_decade():
+    plain = LogAxis.over([[0.003, 0.5], [0.02, float("nan")]], least=1e-5)
+    assert (plain.floor, plain.top, plain.cut) == (0.003, 0.5, False)
+    cut = LogAxis.over([0.0, 0.003, 0.5], least=1e-5)
+    assert (cut.floor, cut.cut) == (0.001, True)
+    assert cut.layout("KL")["ticktext"] == ["0.001<br>or less", "0.01", "0.1", "1"]
+    nothing = LogAxis.over([0.0, 0.0], least=1e-5)
+    assert nothing.cut and nothing.top == 10 * nothing.floor
