@@ -40,17 +40,19 @@ lint: .venv/ready
 	@.venv/bin/python -m ruff check .
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info labutils/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp goes first and comes back last, so an interrupted set-up is begun anew; a finished one
 # whose lock has changed is brought up to date in place.
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt labutils/kernels.cpp
 	@$(require_python)
 	@[ -f $@ ] || { echo "Setting up .venv, once: about a minute, or several where CUDA comes along."; \
 		"$(PYTHON)" -m venv --clear .venv; }
-	@rm -f $@
+	@rm -f $@ labutils/_kernels*.so
 	@.venv/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt --editable ".[test]"
+	@ls labutils/_kernels*.so > /dev/null 2>&1 || echo "There is no C++ compiler: 4 bits will run slowly on this" \
+		"processor. To mend it: \`sudo apt-get install g++\` or the like, then \`make clean lab\`."
 	@mkdir -p .venv/share/jupyter/lab/settings
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
 		> .venv/share/jupyter/lab/settings/overrides.json

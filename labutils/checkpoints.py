@@ -24,6 +24,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,15 +32,18 @@ from transformers import (
     PreTrainedModel,
     TextStreamer,
 )
+from transformers.utils import logging as hf_logging
 
-from .anatomy import COMPONENTS, Part, is_transposed, matrices, part_of
-from .budget import Budget, predict, skeleton, weights_of
-from .experts import DTYPES, RecipeConfig, UnusableWeight, first_device, storage_of
+from .anatomy import COMPONENTS, Part, Weight, is_transposed, matrices, part_of
+from .budget import Budget, budget_of, predict, skeleton, weights_of
+from .experts import DTYPES, RecipeConfig, UnusableWeight, first_device, storage_of, used
 from .formats import FORMATS
 from .meter import GIB, available_bytes, mark
+from .readahead import ReadAhead
 from .recipes import Recipe
 
 HUB_TIMEOUT_SECONDS = 5
+PAGE_BYTES = 4096
 WANTED_FILES = ("*.json", "*.safetensors", "tokenizer*")
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 FLOAT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -61,6 +65,11 @@ class Checkpoint:
     folder: Path
     config: PreTrainedConfig
     tensors: dict[str, StoredTensor]
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        """Every weight that the config describes."""
+        return weights_of(self.config)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -214,7 +223,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _check_weights(checkpoint: Checkpoint) -> None:
     """ValueError if the weights in the files are not those that the config describes."""
     expected = defaultdict(list)
-    for weight in weights_of(checkpoint.config):
+    for weight in checkpoint.weights:
         expected[weight.part].append(weight.shape)
     found = defaultdict(list)
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
@@ -267,8 +276,20 @@ def load(
         raise TypeError(f"{recipe!r} is no recipe; write Recipe(experts='nf4').")
     if recipe:
         recipe.require_storable()
-    checkpoint = inspect(locate(path_or_id, recipe, device_map, force))
-    parts = [weight.part for weight in weights_of(checkpoint.config)]
+    folder = locate(path_or_id, recipe, device_map, force)
+    with ReadAhead(weight_files(folder)) as ahead:
+        return _load(folder, recipe, device_map, force, ahead)
+
+
+def _load(
+    folder: Path,
+    recipe: Recipe | None,
+    device_map: str | dict | None,
+    force: bool,
+    ahead: ReadAhead,
+) -> PreTrainedModel:
+    checkpoint = inspect(folder)
+    parts = [weight.part for weight in checkpoint.weights]
     if recipe is None:
         recipe = checkpoint.recipe
     elif checkpoint.recipe.quantizes and not recipe.stores_alike(checkpoint.recipe, parts):
@@ -276,14 +297,47 @@ def load(
             f"{checkpoint.folder} is stored as {checkpoint.recipe}; quantized weights are not "
             "quantized again. Load it with recipe=None, or take the 16-bit checkpoint."
         )
-    check_memory(predict(checkpoint.config, recipe), device_map, force)
+    check_memory(budget_of(checkpoint.weights, recipe), device_map, force)
     mark("read")
-    try:
-        model = _from_pretrained(checkpoint, recipe, device_map)
-    except UnusableWeight as stop:
-        raise ValueError(str(stop)) from None
+    with _showing_bytes(ahead, folder.name):
+        try:
+            model = _from_pretrained(checkpoint, recipe, device_map)
+        except UnusableWeight as stop:
+            raise ValueError(str(stop)) from None
+        if recipe.stores_alike(checkpoint.recipe, parts):
+            ahead.wait()
+            _touch(model)
     coverage(model).require(recipe)
     return model
+
+
+@contextmanager
+def _showing_bytes(ahead: ReadAhead, name: str) -> Iterator[None]:
+    """A bar of the bytes that were used up, in place of transformers' own, if it may show one."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    with tqdm(total=ahead.total_bytes, desc=name, disable=not shown, **units) as bar:
+
+        def count(count_bytes: int) -> None:
+            ahead.used(count_bytes)
+            bar.update(count_bytes)
+
+        before = used.set(count)
+        try:
+            yield
+            bar.update(ahead.total_bytes - bar.n)
+        finally:
+            used.reset(before)
+            if shown:
+                hf_logging.enable_progress_bar()
+
+
+def _touch(model: PreTrainedModel) -> None:
+    """Put every page of mapped weights in its place, so that the first token need not."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data.flatten().view(torch.uint8)[::PAGE_BYTES].sum()
 
 
 def _from_pretrained(
@@ -307,12 +361,8 @@ def _from_pretrained(
 
 
 def loading_bytes(budget: Budget) -> int:
-    """Memory to load what `budget` predicts: the weights, a sixteenth more, and 256 MiB.
-
-    The sixteenth is for the block maxima that the CPU kernel keeps in 16 bits, the rest for the
-    temporaries of quantizing one matrix.
-    """
-    return budget.weights_bytes + budget.weights_bytes // 16 + 256 * 2**20
+    """Memory to load what `budget` predicts: the weights, and 256 MiB to quantize one matrix."""
+    return budget.weights_bytes + 256 * 2**20
 
 
 def check_memory(budget: Budget, device_map: str | dict | None, force: bool) -> None:
@@ -527,15 +577,13 @@ class NotCovered(AssertionError):
 class StoredWeight:
     """One weight of a loaded model, as it lies in memory.
 
-    `bytes` counts codes and every constant that is saved with them, `kernel_bytes` what a kernel
-    keeps beside them while the model is in memory.
+    `bytes` counts codes and every constant.
     """
 
     part: Part
     shape: tuple[int, ...]
     stored_as: str
     bytes: int
-    kernel_bytes: int = 0
     block_size: int | None = None
     double_quant: bool | None = None
 
@@ -571,11 +619,6 @@ class Coverage:
     @property
     def total_bytes(self) -> int:
         return sum(weight.bytes for weight in self.weights)
-
-    @property
-    def kernel_bytes(self) -> int:
-        """What the kernels keep beside the stored weights while the model is in memory."""
-        return sum(weight.kernel_bytes for weight in self.weights)
 
     def by_component(self) -> dict[str, int]:
         """Bytes by component, as a `Budget` has them."""
@@ -650,7 +693,6 @@ def _stored_weights(model: nn.Module, name: str, parameter: nn.Parameter) -> lis
                 tuple(storage.shape),
                 storage.format,
                 storage.stored_bytes,
-                storage.kernel_bytes,
                 storage.block_size,
                 storage.double_quant,
             )

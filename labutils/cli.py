@@ -14,10 +14,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from . import standin
+from . import kernels, standin
 from .budget import predict
 from .checkpoints import NotCovered, coverage, load, locate, save
-from .experts import has_cpu_kernel
 from .formats import FORMATS, STORABLE
 from .meter import GIB, Meter, machine
 from .planner import CARDS, Card, Machine, Plan, card_named, plan, plans_table
@@ -136,15 +135,19 @@ def _doctor(chosen: argparse.Namespace) -> None:
         free, total = gpu.free_bytes / GIB, gpu.total_bytes / GIB
         print(f"GPU      {gpu.name}, {free:.1f} of {total:.1f} GiB free")
     if not here.gpus:
-        kernel = (
-            "the fused 4-bit CPU kernel works"
-            if has_cpu_kernel()
-            else ("no fused 4-bit CPU kernel (it needs AVX512-BF16): 4-bit runs slower than 16-bit")
-        )
-        print(f"GPU      none; {kernel}")
+        print(f"GPU      none; {_kernels()}")
     print("versions " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES))
     standin.verify()
     print(f"stand-in whole, {standin.scores()['parameters']:,} parameters")
+
+
+def _kernels() -> str:
+    if kernels.INSTRUCTIONS is None:
+        return (
+            "4-bit kernels are not compiled, and 4 bits run slower than 16: install a C++ compiler "
+            "(Debian: `sudo apt-get install g++`), then `make clean lab`"
+        )
+    return f"4-bit kernels with {kernels.INSTRUCTIONS.label}"
 
 
 def _plan(chosen: argparse.Namespace) -> None:

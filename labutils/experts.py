@@ -23,9 +23,14 @@ Mixtral, OLMoE, Qwen3-MoE and their relatives.
 import ctypes
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -40,6 +45,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import kernels
 from .anatomy import part_of
 from .budget import parts_of
 from .formats import FORMATS, NESTED_BLOCK, stored_bytes
@@ -56,10 +62,14 @@ from bitsandbytes import functional as bnb_functional  # noqa: E402
 QUANT_METHOD = "labutils"
 DTYPES = {format.name: format.dtype for format in FORMATS.values() if format.dtype}
 
-# bitsandbytes' fused CPU kernel works on tiles of 32 rows. It decodes each weight anew for every
-# token; dequantizing once and multiplying overtakes it at some hundreds of tokens for an expert.
-KERNEL_ROWS = 32
-KERNEL_MAX_TOKENS = 256
+# What is dequantized at a time, to be multiplied while it is in the cache, and the tokens at which
+# the two ways to multiply are compared.
+SLICE_WEIGHTS = 2**22
+COMPARED_TOKENS = (2, 8, 32, 128)
+CLEARLY = 0.9
+
+NOWHERE = None, None  # the weight whose place is known, and that place
+_kept = threading.local()
 
 QUANTIZE_CHUNK = 2**17
 INT8_THRESHOLD = 6.0
@@ -69,6 +79,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 2**25
 RETURNED_BYTES = 2**20
 RETURNED_WEIGHTS = 2**22
+
+# Called with the bytes of every tensor of a checkpoint that has been quantized or restored.
+used: ContextVar[Callable[[int], None]] = ContextVar("used", default=lambda count_bytes: None)
 
 # bitsandbytes says so at every INT8 multiplication of a bf16 model; it is how LLM.int8() works.
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
@@ -88,13 +101,12 @@ class Linear4bit(bnb.nn.Linear4bit):
     """A bias-free or biased linear layer whose weight is stored in NF4 or FP4.
 
     Stored are the packed codes (two to a byte), a block maximum per `block_size` weights, itself in
-    8 bits if `double_quant`, and the codebooks; `coverage` counts them all.
+    8 bits if `double_quant`, and the codebooks; `coverage` counts them all. Nothing is kept beside
+    them: on a CPU `kernels` computes from what is stored.
 
-    On a CPU with AVX512-BF16, `bitsandbytes` has a kernel that multiplies straight from 4-bit codes
-    in an order of its own. `settle()` brings the codes into that order and keeps, beside the stored
-    constants, the block maxima in bfloat16 as the kernel wants them (16 / block_size bits per
-    weight more while the model is in memory). Unlike bitsandbytes' own packing nothing is lost by
-    it: saving restores the stored bytes exactly.
+    There are two ways to multiply there. Few tokens (up to `fused_tokens()`, in bfloat16) are
+    multiplied straight from the codes, which are read once for every four tokens. For more the
+    weight is dequantized, a slice at a time, and multiplied in 16 bits.
     """
 
     def __init__(self, linear: nn.Linear, format: str, block_size: int, double_quant: bool):
@@ -107,7 +119,7 @@ class Linear4bit(bnb.nn.Linear4bit):
             device="meta",
         )
         self.weight.blocksize = block_size
-        self.kernel_maxima = None
+        self._found = NOWHERE
         self.requires_grad_(False)
 
     def quantized(self, weight: torch.Tensor) -> bnb.nn.Params4bit:
@@ -131,59 +143,106 @@ class Linear4bit(bnb.nn.Linear4bit):
         codes = tensors.pop("weight")
         return bnb.nn.Params4bit.from_prequantized(codes, tensors, device=codes.device, module=self)
 
-    def settle(self) -> None:
-        """Bring the codes into the order of the CPU kernel, if there is one that can use them."""
-        if self.kernel_maxima is not None or not self.support_avx512bf16_for_cpu:
-            return
-        state = self.weight.quant_state
-        rows, columns = state.shape
-        tiled = rows % KERNEL_ROWS == 0 and columns % state.blocksize == 0
-        if tiled and self.weight.device.type == "cpu":
-            maxima = block_maxima(state).reshape(rows, columns // state.blocksize)
-            self.kernel_maxima = maxima.T.to(torch.bfloat16).contiguous()
-            self.weight.data = to_kernel_order(self.weight.data, rows, columns)
-
-    def unsettle(self) -> None:
-        """Bring the codes back into the order in which they are stored."""
-        if self.kernel_maxima is not None:
-            self.weight.data = to_row_order(self.weight.data, *self.weight.quant_state.shape)
-            self.kernel_maxima = None
-
     def dequantized(self) -> torch.Tensor:
         """The weight (out_features, in_features) as the stored codes and constants give it."""
-        codes = self.weight.data
-        if self.kernel_maxima is not None:
-            codes = to_row_order(codes, *self.weight.quant_state.shape)
-        return bnb_functional.dequantize_4bit(codes, self.weight.quant_state)
+        return bnb_functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+
+    @property
+    def stored(self) -> kernels.Weight | None:
+        """Where the kernels find the weight; None where there are none that can use it."""
+        weight = self._parameters["weight"]
+        if self._found[0] is not weight:
+            block = weight.blocksize
+            usable = block % kernels.GROUP == 0 and self.in_features % block == 0
+            if kernels.INSTRUCTIONS is None or not usable:
+                return None
+            self._found = weight, kernels.weight(weight, weight.quant_state)
+        return self._found[1]
+
+    def _apply(self, fn, recurse=True):
+        self._found = NOWHERE
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        """What is copied and pickled: not the addresses."""
+        return self.__dict__ | {"_found": NOWHERE}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        self.settle()
-        tokens = x.numel() // x.shape[-1]
-        fused = self.kernel_maxima is not None and tokens <= KERNEL_MAX_TOKENS
-        if fused and x.dtype == torch.bfloat16 and not x.requires_grad:
-            y = torch.ops.bitsandbytes.gemv_4bit(
-                x.contiguous(),
-                self.weight.data,
-                self.weight.quant_state.shape,
-                self.kernel_maxima,
-                self.weight.quant_state.code,
-                self.weight.quant_state.blocksize,
-            )
-            return y if self.bias is None else y + self.bias
-        return nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)
+        rows = x.reshape(-1, self.in_features)
+        if x.dtype != torch.bfloat16 or x.requires_grad or self.stored is None:
+            y = nn.functional.linear(rows, self.dequantized().to(x.dtype))
+        elif len(rows) <= fused_tokens():
+            y = fused_product([self], [len(rows)], rows)
+        else:
+            y = sliced_product(self, rows)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
-    def _apply(self, fn, recurse=True):
-        self.unsettle()
-        super()._apply(fn, recurse)
-        if storage_of(self) is not None:
-            self.settle()
-        return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self.unsettle()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+def fused_product(
+    linears: Sequence[Linear4bit], tokens: Sequence[int], x: torch.Tensor
+) -> torch.Tensor:
+    """`x` (rows, in_features) straight from the codes, `tokens[0]` rows with the first linear's.
+
+    The next `tokens[1]` rows go with the second linear's, and so on, all in one call of the kernel.
+    The linears must be of one shape, and `x` in bfloat16.
+    """
+    y = x.new_empty(x.shape[0], linears[0].out_features)
+    kernels.multiply([linear.stored for linear in linears], tokens, x.contiguous(), y)
+    return y
+
+
+def sliced_product(linear: Linear4bit, x: torch.Tensor) -> torch.Tensor:
+    """`x` (rows, in_features) in bfloat16 times the weight, dequantized a slice at a time."""
+    rows = min(max(SLICE_WEIGHTS // linear.in_features, 1), linear.out_features)
+    room = _room(rows * linear.in_features).view(rows, linear.in_features)
+    slices = [
+        nn.functional.linear(
+            x, kernels.dequantize(linear.stored, room[: linear.out_features - first], first)
+        )
+        for first in range(0, linear.out_features, rows)
+    ]
+    return torch.cat(slices, dim=-1)
+
+
+def _room(weights: int) -> torch.Tensor:
+    """Memory for a dequantized slice, kept by each thread: the system clears what it hands out."""
+    if getattr(_kept, "room", torch.empty(0)).numel() < weights:
+        _kept.room = torch.empty(max(weights, SLICE_WEIGHTS), dtype=torch.bfloat16)
+    return _kept.room[:weights]
+
+
+@cache
+def fused_tokens() -> int:
+    """Up to how many tokens this machine multiplies faster straight from 4-bit codes.
+
+    Both ways are timed, once in a process, on a matrix of two million weights. The answer is one of
+    a few, each four times the last, and the codes must win clearly, so that a machine comes to the
+    same answer every time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2048, 1024, generator=generator, dtype=torch.bfloat16)
+    linear = Linear4bit(nn.Linear(1024, 2048, bias=False, device="meta"), "nf4", 64, False)
+    linear.weight = linear.quantized(weight)
+    faster = 0
+    for tokens in COMPARED_TOKENS:
+        x = torch.randn(tokens, 1024, generator=generator, dtype=torch.bfloat16)
+        fused = _seconds(partial(fused_product, [linear], [tokens], x))
+        if fused > CLEARLY * _seconds(partial(sliced_product, linear, x)):
+            break
+        faster = tokens
+    return faster
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """The shortest of eight runs: other programs can only make one longer."""
+    moments = [time.perf_counter()]
+    for _ in range(8):
+        function()
+        moments.append(time.perf_counter())
+    return min(after - before for before, after in pairwise(moments))
 
 
 class Linear8bit(bnb.nn.Linear8bitLt):
@@ -205,7 +264,14 @@ class Linear8bit(bnb.nn.Linear8bitLt):
         self.requires_grad_(False)
 
     def quantized(self, weight: torch.Tensor) -> bnb.nn.Int8Params:
-        """The parameter that stores `weight` (out_features, in_features), on the same device."""
+        """The parameter that stores `weight` (out_features, in_features), on the same device.
+
+        Raises ValueError for weights that are NaN or infinite.
+        """
+        if _kernels_quantize(weight):
+            codes, scales = kernels.quantize_rows(weight.contiguous())
+            return self.restored({"weight": codes, "SCB": scales})
+        _check_finite(weight)
         unquantized = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         return unquantized.to(weight.device)
 
@@ -220,9 +286,6 @@ class Linear8bit(bnb.nn.Linear8bitLt):
         flat = super().forward(x.reshape(-1, x.shape[-1]))
         return flat.reshape(*x.shape[:-1], self.out_features)
 
-    def settle(self) -> None:
-        """Nothing to do: the stored order is the one that is computed with."""
-
     def dequantized(self) -> torch.Tensor:
         """The weight (out_features, in_features) as codes and scales give it, in float32."""
         scales = self.weight.SCB if self.weight.SCB is not None else self.state.SCB
@@ -230,11 +293,6 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
 
 QUANTIZED_LINEARS = (Linear4bit, Linear8bit)
-
-
-def has_cpu_kernel() -> bool:
-    """Whether this processor can multiply straight from 4-bit codes: it needs AVX512-BF16."""
-    return bool(bnb_functional.has_avx512bf16())
 
 
 def first_device() -> dict[str, int | str]:
@@ -256,22 +314,18 @@ def quantize_4bit(
 ) -> tuple[torch.Tensor, bnb_functional.QuantState]:
     """`weight` in 4 bits, byte for byte as `bitsandbytes.functional.quantize_4bit` gives it.
 
-    On a CPU the work goes in chunks of 131,072 weights, so that its temporaries, seven times the
-    weights at hand, stay in the cache and small beside the model.
+    On a CPU `kernels` does it where they are compiled, and allocates nothing but the result;
+    elsewhere bitsandbytes, on a CPU in chunks of 131,072 weights, as its temporaries are seven
+    times what it quantizes. Raises ValueError for weights that are NaN or infinite.
     """
-
-    def quantize(chunk):
-        return bnb_functional.quantize_4bit(
-            chunk, blocksize=block_size, quant_type=format, compress_statistics=False
+    if _kernels_quantize(weight) and weight.numel() % block_size == 0:
+        table = bnb_functional.get_4bit_type(format, device="cpu")
+        codes, maxima = kernels.quantize(weight.contiguous(), table, block_size)
+        state = bnb_functional.QuantState(
+            maxima, weight.shape, table, block_size, format, weight.dtype
         )
-
-    flat = weight.contiguous().view(-1)
-    on_cpu = weight.device.type == "cpu"
-    chunks = _on_all_cores(quantize, flat.split(QUANTIZE_CHUNK)) if on_cpu else [quantize(flat)]
-    codes = torch.cat([codes for codes, _ in chunks])
-    state = chunks[0][1]
-    state.shape = weight.shape
-    state.absmax = torch.cat([chunk_state.absmax for _, chunk_state in chunks])
+    else:
+        codes, state = _quantize_4bit_in_chunks(weight, format, block_size)
     if double_quant:
         state.offset = state.absmax.mean()
         state.absmax, state.state2 = bnb_functional.quantize_blockwise(
@@ -279,6 +333,33 @@ def quantize_4bit(
         )
         state.nested = True
     return codes, state
+
+
+def _kernels_quantize(weight: torch.Tensor) -> bool:
+    return kernels.INSTRUCTIONS is not None and weight.device.type == "cpu"
+
+
+def _quantize_4bit_in_chunks(
+    weight: torch.Tensor, format: str, block_size: int
+) -> tuple[torch.Tensor, bnb_functional.QuantState]:
+    def quantize(chunk):
+        return bnb_functional.quantize_4bit(
+            chunk, blocksize=block_size, quant_type=format, compress_statistics=False
+        )
+
+    _check_finite(weight)
+    flat = weight.contiguous().view(-1)
+    on_cpu = weight.device.type == "cpu"
+    chunks = _on_all_cores(quantize, flat.split(QUANTIZE_CHUNK)) if on_cpu else [quantize(flat)]
+    state = chunks[0][1]
+    state.shape = weight.shape
+    state.absmax = torch.cat([chunk_state.absmax for _, chunk_state in chunks])
+    return torch.cat([codes for codes, _ in chunks]), state
+
+
+def _check_finite(weight: torch.Tensor) -> None:
+    if bad := weight.numel() - torch.isfinite(weight).sum().item():
+        raise ValueError(kernels.NOT_FINITE.format(bad, weight.numel()))
 
 
 def _on_all_cores(function, chunks: Sequence[torch.Tensor]) -> list:
@@ -297,36 +378,6 @@ def _on_all_cores(function, chunks: Sequence[torch.Tensor]) -> list:
         torch.set_num_threads(threads)
 
 
-def block_maxima(state: bnb_functional.QuantState) -> torch.Tensor:
-    """The block maxima (blocks,) in float32, double quantization undone."""
-    if not state.nested:
-        return state.absmax
-    return bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-
-
-def to_kernel_order(codes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Packed codes in row order -> in the order of the CPU kernel, the same number of bytes.
-
-    In row order a byte holds two neighbours of one row, the left one in its high half. The kernel
-    wants, for 32 rows at a time, the same column of row r (low half) and row r + 16 (high half) in
-    one byte, so that it loads 32 rows of a column pair at once.
-    """
-    tiles = codes.view(rows // 32, 2, 16, columns // 2).permute(0, 3, 2, 1).contiguous()
-    pairs = tiles.view(torch.int16)
-    left = (pairs >> 4) & 0x0F | (pairs >> 8) & 0xF0
-    right = pairs & 0x0F | (pairs >> 4) & 0xF0
-    return (left | right << 8).view(torch.uint8).reshape(rows, columns // 2)
-
-
-def to_row_order(codes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The inverse of `to_kernel_order`, in the shape (bytes, 1) that bitsandbytes stores."""
-    pairs = codes.view(rows // 32, columns // 2, 16, 2).view(torch.int16)
-    low = (pairs << 4) & 0xF0 | (pairs >> 8) & 0x0F
-    high = pairs & 0xF0 | (pairs >> 12) & 0x0F
-    tiles = (low | high << 8).view(torch.uint8)
-    return tiles.permute(0, 3, 2, 1).reshape(-1, 1)
-
-
 class Expert(nn.Module):
     """One SwiGLU expert: `down(act(gate(x)) * up(x))`, its three matrices 2-D and apart."""
 
@@ -340,6 +391,10 @@ class Expert(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
+    @property
+    def linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.gate_proj, self.up_proj, self.down_proj
+
 
 class Experts(nn.ModuleList):
     """The experts of one layer, called as transformers calls its fused ones."""
@@ -349,14 +404,47 @@ class Experts(nn.ModuleList):
     ) -> torch.Tensor:
         """(tokens, hidden), chosen (tokens, top_k), weights (tokens, top_k) -> (tokens, hidden).
 
-        Only chosen experts are touched.
+        Only chosen experts are touched. Rows are sorted by expert; where few are for any, all
+        experts are computed side by side, straight from their codes.
         """
-        output = torch.zeros_like(hidden_states)
-        for expert in chosen.unique().tolist():
-            token, slot = torch.where(chosen == expert)
-            result = self[expert](hidden_states[token]) * weights[token, slot, None]
-            output.index_add_(0, token, result.to(output.dtype))
-        return output
+        experts, order = chosen.flatten().sort(stable=True)
+        tokens_of = experts.bincount(minlength=len(self)).tolist()
+        used = {self[number]: tokens for number, tokens in enumerate(tokens_of) if tokens}
+        if not used:
+            return torch.zeros_like(hidden_states)
+        token = order // chosen.shape[1]
+        compute = _side_by_side if _can_fuse(used, hidden_states) else _one_by_one
+        results = compute(used, hidden_states[token]) * weights.flatten()[order, None]
+        return torch.zeros_like(hidden_states).index_add_(0, token, results.to(hidden_states.dtype))
+
+
+def _can_fuse(used: dict[Expert, int], x: torch.Tensor) -> bool:
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not x.requires_grad
+        and max(used.values()) <= fused_tokens()
+        and all(
+            isinstance(linear, Linear4bit) and linear.stored is not None
+            for expert in used
+            for linear in expert.linears
+        )
+    )
+
+
+def _side_by_side(used: dict[Expert, int], x: torch.Tensor) -> torch.Tensor:
+    """Each expert of its `used` many rows of `x`, straight from the codes, in two calls."""
+    tokens = list(used.values())
+    outer = [expert.gate_proj for expert in used] + [expert.up_proj for expert in used]
+    gate, up = fused_product(outer, tokens * 2, torch.cat((x, x))).chunk(2)
+    inner = next(iter(used)).act_fn(gate) * up
+    return fused_product([expert.down_proj for expert in used], tokens, inner)
+
+
+def _one_by_one(used: dict[Expert, int], x: torch.Tensor) -> torch.Tensor:
+    """The same, of experts stored in any way."""
+    parts = x.split(list(used.values()))
+    return torch.cat([expert(part) for expert, part in zip(used, parts, strict=True)])
 
 
 class StoredRouter:
@@ -493,7 +581,14 @@ class RecipeConfig(QuantizationConfigMixin):
         return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
 
 
-class Quantize(ConversionOps):
+class Operation(ConversionOps):
+    """One for all weights: transformers copies the conversion that holds it for every tensor."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Quantize(Operation):
     """Turns one tensor of a 16-bit checkpoint into the parameter that its module stores."""
 
     def __init__(self, hf_quantizer):
@@ -504,23 +599,19 @@ class Quantize(ConversionOps):
         (name, tensors), *_rest = input_dict.items()
         weight = tensors[0] if isinstance(tensors, list) else tensors
         module, _leaf = get_module_from_name(model, name)
-        _check_finite(name, weight)
-        stored = {name: module.quantized(weight)}
+        try:
+            stored = {name: module.quantized(weight)}
+        except ValueError as error:
+            raise UnusableWeight(
+                f"{name}: {error}; each would ruin its whole block. The checkpoint is damaged: "
+                "download it again."
+            ) from None
         self.hf_quantizer.worked_on(weight.numel())
+        used.get()(weight.nbytes)
         return stored
 
 
-def _check_finite(name: str, weight: torch.Tensor) -> None:
-    if torch.isfinite(weight).all():
-        return
-    bad = (~torch.isfinite(weight)).sum().item()
-    raise UnusableWeight(
-        f"{name} holds {bad:,} NaN or infinite values among {weight.numel():,}; each would ruin "
-        "its whole block. The checkpoint is damaged: download it again."
-    )
-
-
-class Restore(ConversionOps):
+class Restore(Operation):
     """Turns the tensors of a quantized checkpoint back into what their module stores."""
 
     def __init__(self, hf_quantizer):
@@ -530,6 +621,7 @@ class Restore(ConversionOps):
         tensors = {
             key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()
         }
+        used.get()(sum(tensor.nbytes for tensor in tensors.values()))
         module, leaf = get_module_from_name(model, full_layer_name)
         if isinstance(module, QUANTIZED_LINEARS) and leaf == "weight":
             return {"weight": module.restored(tensors)}
@@ -588,8 +680,8 @@ class RecipeQuantizer(HfQuantizer):
         for name, module in quantized_linears(model):
             if storage_of(module) is None:
                 raise ValueError(f"The checkpoint holds nothing for {name}: a shard is missing.")
-            module.settle()
-            self.worked_on(module.in_features * module.out_features)
+            if module.weight.device.type == "cpu" and kernels.INSTRUCTIONS is not None:
+                fused_tokens()  # now, that the first token need not wait for it
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
@@ -670,14 +762,12 @@ def _apart(conversion) -> list:
 class Storage:
     """How one weight matrix is kept: the format, the bytes, and the constants' settings.
 
-    `stored_bytes` counts codes and every constant, as they are saved; `kernel_bytes` what a kernel
-    keeps beside them while the model is in memory.
+    `stored_bytes` counts codes and every constant, as they are saved and as they lie in memory.
     """
 
     format: str
     shape: tuple[int, int]
     stored_bytes: int
-    kernel_bytes: int = 0
     block_size: int | None = None
     double_quant: bool | None = None
 
@@ -689,12 +779,10 @@ def storage_of(module: nn.Module) -> Storage | None:
         constants = [state.absmax, state.code]
         if state.nested:
             constants += [state.state2.absmax, state.state2.code, state.offset]
-        kernel_maxima = getattr(module, "kernel_maxima", None)
         return Storage(
             state.quant_type,
             tuple(state.shape),
             _bytes(module.weight.data, *constants),
-            0 if kernel_maxima is None else _bytes(kernel_maxima),
             state.blocksize,
             state.nested,
         )

@@ -16,10 +16,8 @@ With several cards whole layers go to each, in their order, as `device_map` does
 lie on the first card, the last norm and the head on the last, and the fullest card decides. The
 split taken here is the one whose fullest card is least full.
 
-Allowances are not bounds. On a processor with AVX512-BF16 the 4-bit kernel keeps up to a sixteenth
-of the weights' bytes more (`experts.Linear4bit`), which is not counted here. A card that also draws
-a desktop has less, and so has one that somebody else is using: `python -m labutils doctor` shows
-what is free.
+Allowances are not bounds. A card that also draws a desktop has less, and so has one that somebody
+else is using: `python -m labutils doctor` shows what is free.
 """
 
 import math

@@ -11,14 +11,14 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # The lowest floor first. A module may import what stands below it, or before it on its own floor.
 FLOORS = """
-__init__ claims codebooks moe meter languages anatomy targets
+__init__ claims codebooks kernels readahead moe meter languages anatomy targets speeds
 formats flips offload speculative
 outliers calibrated recipes budget ledger planner allocation
 experts checkpoints standin evaluate damage shaker engines export sweeps
 style
 memory_chart
 figures layer_figures format_figures cost_figures rounding_figures flip_figures shaker_figures
-recipe_figures plan_figures
+recipe_figures plan_figures speed_figures
 apps
 cli
 __main__

@@ -46,8 +46,9 @@ def test_lock_holds_every_direct_dependency() -> None:
 
 def make(folder: Path, target: str, python3: str | None) -> subprocess.CompletedProcess[str]:
     """Run `make target` in a copy of the house where `python3` is this script, or is not there."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, folder)
+    (folder / "labutils").mkdir(exist_ok=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "labutils/kernels.cpp"):
+        shutil.copy(ROOT / name, folder / name)
     tools = folder / "tools"
     tools.mkdir()
     for name in ("cat", "rm"):

@@ -21,15 +21,16 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import carry_dequantized, relative
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from labutils import kernels
 from labutils.budget import predict
 from labutils.checkpoints import coverage, load, save
-from labutils.experts import has_cpu_kernel
 from labutils.meter import Meter
 from labutils.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 4096
 TOKENS = torch.randint(VOCAB, (4, 64), generator=torch.Generator().manual_seed(1))
+FEW = TOKENS[:1, :4]  # multiplied in one and the same way by every process
 PAIRS = 7
 DECODED_TOKENS = 8
 
@@ -39,8 +40,8 @@ def nf4(double_quant: bool = True, **floats: str) -> Recipe:
 
 
 @torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(TOKENS).logits
+def logits(model, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    return model(tokens).logits
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def measure(checkpoint: Path, double_quant: bool, saved: Path) -> dict:
         model.generate(prompt, min_new_tokens=16, max_new_tokens=16, do_sample=False)
     loading, generating = meter.runs
     covered = coverage(model)
-    save_file({"logits": logits(model)}, saved.with_suffix(".logits"))
+    save_file({"logits": logits(model, FEW)}, saved.with_suffix(".logits"))
     save(model, saved)
     return {
         "loading_seconds": loading.seconds,
@@ -85,7 +86,6 @@ def measure(checkpoint: Path, double_quant: bool, saved: Path) -> dict:
         "generating_seconds": generating.seconds,
         "generating_peak_bytes": generating.peak_bytes - loading.start_bytes,
         "stored_bytes": covered.total_bytes,
-        "kernel_bytes": covered.kernel_bytes,
         "by_component": covered.by_component(),
         "stored_as": dict(covered.table[["component", "stored_as"]].values.tolist()),
         "experts_bits_per_weight": covered.bits_per_weight("experts"),
@@ -97,7 +97,7 @@ def measured_apart(checkpoint: Path, double_quant: bool, saved: Path) -> dict:
     arguments = [str(checkpoint), json.dumps(double_quant), str(saved)]
     printed = subprocess.run(
         [sys.executable, __file__, *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -139,10 +139,13 @@ def test_what_was_predicted_is_what_is_stored(published, doubly, singly):
     assert singly["by_component"] == predict(published, nf4(double_quant=False)).by_component
 
 
-@pytest.mark.parametrize("peak", ["loading", "loading_sampled", "generating"])
-def test_memory_never_exceeds_half_as_much_again_as_is_stored(measured, peak):
-    in_memory_bytes = measured["stored_bytes"] + measured["kernel_bytes"]
-    assert measured[f"{peak}_peak_bytes"] <= 1.5 * in_memory_bytes
+@pytest.mark.parametrize("peak", ["loading", "loading_sampled"])
+def test_loading_takes_hardly_more_than_is_stored(measured, peak):
+    assert measured[f"{peak}_peak_bytes"] <= 1.15 * measured["stored_bytes"]
+
+
+def test_generating_takes_no_more_than_half_as_much_again(measured):
+    assert measured["generating_peak_bytes"] <= 1.5 * measured["stored_bytes"]
 
 
 def test_the_saved_folder_is_as_large_as_what_is_stored(measured):
@@ -158,7 +161,14 @@ def reloaded(doubly):
 
 def test_reloaded_in_another_process_it_gives_the_same_logits(doubly, reloaded):
     expected = load_file(doubly["folder"].with_suffix(".logits"))["logits"]
-    assert torch.equal(logits(reloaded), expected)
+    assert torch.equal(logits(reloaded, FEW), expected)
+
+
+def test_what_was_saved_is_mapped_and_not_copied(doubly):
+    meter = Meter()
+    with meter("load"):
+        model = load(doubly["folder"], device_map="cpu")
+    assert meter.runs[0].peak_above_start_bytes < 0.1 * coverage(model).total_bytes
 
 
 # ------------------------------------------------------------------------- the stock model beside
@@ -240,8 +250,8 @@ def seconds_per_token(model) -> float:
 
 
 @pytest.mark.skipif(
-    not has_cpu_kernel(),
-    reason="without AVX512-BF16 each weight is dequantized first, which 16 bits need not do",
+    kernels.INSTRUCTIONS is None,
+    reason="without kernels each weight is dequantized first, which 16 bits need not do",
 )
 def test_decoding_is_faster_than_in_16_bits(reloaded, carrier):
     """Each token reads a quarter of the bytes; the first pair is a warm-up."""
@@ -251,7 +261,7 @@ def test_decoding_is_faster_than_in_16_bits(reloaded, carrier):
         f"{1000 * in_16_bits:.1f} ms a token in bf16, {1000 * in_nf4:.1f} ms in NF4: "
         f"{in_16_bits / in_nf4:.2f} times as fast"
     )
-    assert in_16_bits / in_nf4 > 1
+    assert in_16_bits / in_nf4 > 1.5
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""The compiled kernels against bitsandbytes, and against exact products."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb_functional
+from bitsandbytes.nn import Int8Params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labutils import kernels
+from labutils.kernels import GROUP, INSTRUCTIONS, Instructions
+from labutils.meter import Meter
+
+MIB = 2**20
+
+pytestmark = pytest.mark.skipif(
+    INSTRUCTIONS is None, reason="no C++ compiler was there when the lab was set up"
+)
+
+FORMATS = st.sampled_from(("nf4", "fp4"))
+DTYPES = st.sampled_from((torch.bfloat16, torch.float16, torch.float32))
+BLOCKS = st.sampled_from((64, 128, 4096))
+HERE = [level for level in Instructions if INSTRUCTIONS is not None and level <= INSTRUCTIONS]
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def table(format: str) -> torch.Tensor:
+    return bnb_functional.get_4bit_type(format, device="cpu")
+
+
+def stored(weight: torch.Tensor, format: str, block: int, double_quant: bool):
+    """Codes and state as bitsandbytes makes them."""
+    return bnb_functional.quantize_4bit(
+        weight, blocksize=block, quant_type=format, compress_statistics=double_quant
+    )
+
+
+def adversarial() -> torch.Tensor:
+    """Rows of 128 weights that are easily got wrong."""
+    rows = drawn(12, 128)
+    rows[0] = 0
+    rows[1] = -0.0
+    rows[2] = 0.37
+    rows[3] = -2.5
+    rows[4] *= 1e-40
+    rows[5] = torch.tensor([0.0, 1e-45]).repeat(64)
+    rows[6] = torch.tensor([1.0, -1.0]).repeat(64)
+    rows[7, 5] = 3e4
+    rows[8] *= 1e-20
+    rows[9] = table("nf4").repeat(8)
+    rows[10] = (table("nf4")[1:] + table("nf4")[:-1]).div(2).repeat(9)[:128]
+    rows[11, 64:] = 0
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- quantize
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 40), block=BLOCKS, format=FORMATS, dtype=DTYPES, seed=st.integers(0, 9))
+def test_codes_and_maxima_are_those_of_bitsandbytes(rows, block, format, dtype, seed):
+    weight = drawn(rows, block, seed=seed).to(dtype)
+    expected_codes, expected = stored(weight, format, block, double_quant=False)
+    codes, maxima = kernels.quantize(weight, table(format), block)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(maxima, expected.absmax)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_so_are_those_of_zeros_constants_denormals_and_ties(format, dtype):
+    weight = adversarial().to(dtype)
+    expected_codes, expected = stored(weight, format, 64, double_quant=False)
+    codes, maxima = kernels.quantize(weight, table(format), 64)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(maxima, expected.absmax)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_counted_and_refused(bad):
+    weight = drawn(4, 128).to(torch.bfloat16)
+    weight[1, 7] = weight[3, 127] = bad
+    for quantize in (
+        lambda: kernels.quantize(weight, table("nf4"), 64),
+        lambda: kernels.quantize_rows(weight),
+    ):
+        with pytest.raises(ValueError, match="2 of 512 weights are NaN or infinite"):
+            quantize()
+
+
+def test_a_matrix_of_mixtral_is_quantized_without_temporaries():
+    weight = drawn(4096, 14336).to(torch.bfloat16)
+    meter = Meter()
+    with meter("quantize"):
+        codes, maxima = kernels.quantize(weight, table("nf4"), 64)
+    results_bytes = codes.nbytes + maxima.nbytes
+    assert meter.runs[0].peak_above_start_bytes - results_bytes <= 16 * MIB
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 20), columns=st.integers(1, 5000), dtype=DTYPES)
+def test_int8_rows_are_those_of_bitsandbytes(rows, columns, dtype):
+    weight = drawn(rows, columns).mul(0.02).to(dtype)
+    expected = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    expected._quantize("cpu")
+    codes, maxima = kernels.quantize_rows(weight)
+    assert torch.equal(codes, expected.CB)
+    assert torch.equal(maxima, expected.SCB)
+
+
+def test_int8_rows_of_zeros_and_of_little_more_are_too():
+    weight = adversarial()[[0, 1, 2, 3, 6, 7, 8, 11]].to(torch.bfloat16)
+    expected = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    expected._quantize("cpu")
+    codes, maxima = kernels.quantize_rows(weight)
+    assert torch.equal(codes, expected.CB)
+    assert torch.equal(maxima, expected.SCB)
+
+
+def test_int8_refuses_what_float16_cannot_hold():
+    weight = torch.full((2, 64), 1.0)
+    weight[0, 0] = 7e4
+    with pytest.raises(ValueError, match="1 of 128"):
+        kernels.quantize_rows(weight)
+
+
+# -------------------------------------------------------------------------------------- dequantize
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    block=st.sampled_from((32, 64, 128)),
+    format=FORMATS,
+    double_quant=st.booleans(),
+    dtype=st.sampled_from((torch.bfloat16, torch.float32)),
+    using=st.sampled_from(HERE),
+)
+def test_values_are_those_of_bitsandbytes(rows, block, format, double_quant, dtype, using):
+    weight = drawn(rows, 2 * block).to(dtype)
+    codes, state = stored(weight, format, block, double_quant)
+    expected = bnb_functional.dequantize_4bit(codes, state)
+    first = rows // 3
+    out = torch.empty(rows - first, 2 * block, dtype=dtype)
+    kernels.dequantize(kernels.weight(codes, state), out, first, using)
+    assert torch.equal(out, expected[first:])
+
+
+# ---------------------------------------------------------------------------------------- multiply
+
+
+def products(weight: torch.Tensor, tokens: int, format="nf4", block=64, double_quant=True, using=0):
+    """A product, what it is exactly, and the sum of the magnitudes of its terms."""
+    codes, state = stored(weight, format, block, double_quant)
+    x = drawn(tokens, weight.shape[1], seed=1).to(torch.bfloat16)
+    y = torch.full((tokens, len(weight)), torch.nan, dtype=torch.bfloat16)
+    kernels.multiply([kernels.weight(codes, state)], [tokens], x, y, using)
+    state.dtype = torch.float32
+    values = bnb_functional.dequantize_4bit(codes, state).double().T
+    return y.double(), x.double() @ values, x.double().abs() @ values.abs()
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    rows=st.integers(1, 41),
+    blocks=st.integers(1, 5),
+    block=st.sampled_from((64, 128, 256)),
+    format=FORMATS,
+    double_quant=st.booleans(),
+    using=st.sampled_from(HERE),
+)
+def test_a_product_is_right_to_16_bits(tokens, rows, blocks, block, format, double_quant, using):
+    """The 16 values of the table are rounded to 8 bits, by one part in 2**9, and so is the sum."""
+    weight = drawn(rows, blocks * block).to(torch.bfloat16)
+    y, exact, magnitude = products(weight, tokens, format, block, double_quant, using)
+    assert ((y - exact).abs() <= 1.02 * (magnitude + exact.abs()) / 2**9).all()
+
+
+@pytest.mark.parametrize("using", HERE, ids=lambda level: level.label)
+def test_a_large_product_errs_no_more_than_the_16_bits_of_weights_and_outputs(using):
+    """Rounding outputs errs by 0.17%, rounding the 16 values of the table by about 0.2%."""
+    y, exact, _ = products(drawn(512, 1024).to(torch.bfloat16), 4, using=using)
+    assert (y - exact).norm() / exact.norm() < 0.0035
+
+
+@pytest.mark.parametrize("using", HERE, ids=lambda level: level.label)
+def test_products_together_are_those_apart_whatever_the_threads(using):
+    kept = [stored(drawn(48, 128, seed=seed), "nf4", 64, True) for seed in range(3)]
+    weights, tokens = [kernels.weight(*each) for each in kept], (1, 5, 2)
+    x = drawn(sum(tokens), 128, seed=9).to(torch.bfloat16)
+
+    def computed(threads: int, together: bool) -> torch.Tensor:
+        y = x.new_empty(len(x), 48)
+        calls = [slice(0, 3)] if together else [slice(0, 1), slice(1, 2), slice(2, 3)]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for call in calls:
+            rows = slice(sum(tokens[: call.start]), sum(tokens[: call.stop]))
+            kernels.multiply(weights[call], tokens[call], x[rows], y[rows], using)
+        torch.set_num_threads(before)
+        return y
+
+    apart = computed(1, together=False)
+    assert torch.equal(apart, computed(2, together=True))
+    assert torch.equal(apart, computed(3, together=True))
+
+
+def test_the_group_is_what_the_source_says():
+    source = Path(kernels.__file__).with_name("kernels.cpp").read_text()
+    assert f"constexpr int GROUP = {GROUP};" in source
+    assert f"constexpr int CHUNK = {kernels.CHUNK};" in source
