@@ -16,13 +16,14 @@ import time
 from pathlib import Path
 
 import torch
+from peer_models import Transformers, active_bytes
+from peers import bytes_read_per_second
 from random_checkpoints import mixtral_config, write_mixtral
 
 from labutils.checkpoints import coverage, load, save
 from labutils.meter import GIB, Meter
 from labutils.recipes import Recipe
 
-GB = 10**9
 PROMPT_TOKENS, NEW_TOKENS = 64, 16
 
 
@@ -75,33 +76,12 @@ def run(model: torch.nn.Module) -> None:
         step = model(chosen, past_key_values=step.past_key_values, use_cache=True)
         seconds.append(time.perf_counter() - began)
     pace = statistics.median(seconds)
-    floor = active_bytes(model) / bandwidth()
+    floor = active_bytes(Transformers(model), model.config) / bytes_read_per_second()
     print(
         f"  {PROMPT_TOKENS} tokens of prompt in {prompt_seconds:.2f} s, {1 / pace:.2f} tokens/s "
         f"({1 / max(seconds):.2f} to {1 / min(seconds):.2f}); memory allows {1 / floor:.2f}: "
         f"{floor / pace:.0%} of it"
     )
-
-
-def active_bytes(model: torch.nn.Module) -> int:
-    """What one token reads: everything but the embeddings and the experts it is not sent to."""
-    sizes = coverage(model).by_component()
-    config = model.config
-    share = config.num_experts_per_tok / config.num_local_experts
-    rest = sum(sizes[name] for name in ("attention", "router", "lm_head", "norms") if name in sizes)
-    return round(rest + share * sizes["experts"])
-
-
-def bandwidth() -> float:
-    """Bytes a second that all cores read together: the best of five passes over 2 GB."""
-    data = torch.ones(GB // 4, dtype=torch.int64)
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        data.sum()
-        return time.perf_counter() - began
-
-    return data.nbytes / min(seconds() for _ in range(5))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, BitsAndBytesConfig, MixtralForCausalLM
 
+from labutils import speeds
 from labutils.checkpoints import load, read_header, weight_files
 from labutils.recipes import Recipe
 
@@ -91,7 +92,7 @@ class Peer:
         return any(importlib.util.find_spec(package) is None for package in self.needs)
 
 
-OURS = Peer("this lab, from bf16", load_ours)
+OURS = Peer(speeds.OURS, load_ours)
 OURS_SAVED = Peer("this lab, saved in 4 bits", load_ours_saved, SAVED)
 GROUPED_MM = Peer("transformers bf16, grouped_mm", load_grouped_mm)
 BUILD_LLAMA_CPP = "pip install gguf==0.19.0 llama-cpp-python==0.3.36"
@@ -232,6 +233,12 @@ class Transformers:
             if ".experts." in name
         )
         return bits / expert_weights
+
+
+def active_bytes(runner: Transformers | LlamaCpp, config) -> int:
+    """What one token reads: all but the embeddings and the experts that it is not sent to."""
+    chosen = config.num_experts_per_tok / config.num_local_experts
+    return round(runner.outer_bytes + chosen * runner.expert_bytes)
 
 
 def held_bytes(things: Iterable[object]) -> int:

@@ -46,6 +46,7 @@ from peer_models import (
     SAVED,
     Peer,
     Transformers,
+    active_bytes,
     load_eager,
     load_ours,
 )
@@ -128,7 +129,6 @@ def measure(name: str, room: str, turn: int) -> Measured:
     rates = [batch / decode_seconds(runner, config, batch, PROMPT) for batch in BATCHES]
     loading, first, long = meter.runs
     weights = expert_weights(config)
-    chosen = config.num_experts_per_tok / config.num_local_experts
     return Measured(
         peer=name,
         turn=turn,
@@ -147,7 +147,7 @@ def measure(name: str, room: str, turn: int) -> Measured:
         decode_16_per_second=rates[2],
         bits_on_disk=runner.bits_on_disk(source, weights),
         bits_in_memory=8 * runner.expert_bytes / weights,
-        active_bytes=round(runner.outer_bytes + chosen * runner.expert_bytes),
+        active_bytes=active_bytes(runner, config),
         logits_distance=distance(runner.logits(prompt), torch.load(Path(room) / LOGITS)),
     )
 
@@ -203,7 +203,7 @@ def measure_quantizing(turn: int) -> Quantizing:
         ours_temporary_bytes=peaks[0],
         bitsandbytes_temporary_bytes=peaks[1],
         equal=torch.equal(codes, their_codes) and torch.equal(state.absmax, their_state.absmax),
-        bytes_read_per_second=READ_BYTES / reading_seconds(),
+        bytes_read_per_second=bytes_read_per_second(),
     )
 
 
@@ -279,10 +279,10 @@ def mapped_bytes(source: Path) -> int:
     return total
 
 
-def reading_seconds() -> float:
+def bytes_read_per_second() -> float:
     """The fastest of several sums over a gibibyte, which all cores read from memory."""
     numbers = torch.ones(READ_BYTES // 8, dtype=torch.int64)
-    return min(seconds_of(numbers.sum) for _ in range(REPEATS))
+    return READ_BYTES / min(seconds_of(numbers.sum) for _ in range(REPEATS))
 
 
 # ------------------------------------------------------------------------------------ the whole run

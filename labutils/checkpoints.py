@@ -11,6 +11,7 @@ really stored in, and the model is handed over only if that is what was asked fo
 
 import json
 import math
+import mmap
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -36,14 +37,20 @@ from transformers.utils import logging as hf_logging
 
 from .anatomy import COMPONENTS, Part, Weight, is_transposed, matrices, part_of
 from .budget import Budget, budget_of, predict, skeleton, weights_of
-from .experts import DTYPES, RecipeConfig, UnusableWeight, first_device, storage_of, used
+from .experts import (
+    DTYPES,
+    RecipeConfig,
+    UnusableWeight,
+    count_used,
+    first_device,
+    storage_of,
+)
 from .formats import FORMATS
 from .meter import GIB, available_bytes, mark
 from .readahead import ReadAhead
 from .recipes import Recipe
 
 HUB_TIMEOUT_SECONDS = 5
-PAGE_BYTES = 4096
 WANTED_FILES = ("*.json", "*.safetensors", "tokenizer*")
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 FLOAT_FORMATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -323,12 +330,12 @@ def _showing_bytes(ahead: ReadAhead, name: str) -> Iterator[None]:
             ahead.used(count_bytes)
             bar.update(count_bytes)
 
-        before = used.set(count)
+        before = count_used.set(count)
         try:
             yield
             bar.update(ahead.total_bytes - bar.n)
         finally:
-            used.reset(before)
+            count_used.reset(before)
             if shown:
                 hf_logging.enable_progress_bar()
 
@@ -337,7 +344,7 @@ def _touch(model: PreTrainedModel) -> None:
     """Put every page of mapped weights in its place, so that the first token need not."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            parameter.data.flatten().view(torch.uint8)[::PAGE_BYTES].sum()
+            parameter.data.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def _from_pretrained(

@@ -81,7 +81,7 @@ RETURNED_BYTES = 2**20
 RETURNED_WEIGHTS = 2**22
 
 # Called with the bytes of every tensor of a checkpoint that has been quantized or restored.
-used: ContextVar[Callable[[int], None]] = ContextVar("used", default=lambda count_bytes: None)
+count_used: ContextVar[Callable[[int], None]] = ContextVar("count_used", default=lambda size: None)
 
 # bitsandbytes says so at every INT8 multiplication of a bf16 model; it is how LLM.int8() works.
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
@@ -154,7 +154,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         if self._found[0] is not weight:
             block = weight.blocksize
             usable = block % kernels.GROUP == 0 and self.in_features % block == 0
-            if kernels.INSTRUCTIONS is None or not usable:
+            if not (_has_kernels(weight) and usable):
                 return None
             self._found = weight, kernels.weight(weight, weight.quant_state)
         return self._found[1]
@@ -171,7 +171,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         if x.device.type != "cpu":
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        if x.dtype != torch.bfloat16 or x.requires_grad or self.stored is None:
+        if not _kernels_take(x) or self.stored is None:
             y = nn.functional.linear(rows, self.dequantized().to(x.dtype))
         elif len(rows) <= fused_tokens():
             y = fused_product([self], [len(rows)], rows)
@@ -268,7 +268,7 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
         Raises ValueError for weights that are NaN or infinite.
         """
-        if _kernels_quantize(weight):
+        if _has_kernels(weight):
             codes, scales = kernels.quantize_rows(weight.contiguous())
             return self.restored({"weight": codes, "SCB": scales})
         _check_finite(weight)
@@ -318,7 +318,7 @@ def quantize_4bit(
     elsewhere bitsandbytes, on a CPU in chunks of 131,072 weights, as its temporaries are seven
     times what it quantizes. Raises ValueError for weights that are NaN or infinite.
     """
-    if _kernels_quantize(weight) and weight.numel() % block_size == 0:
+    if _has_kernels(weight) and weight.numel() % block_size == 0:
         table = bnb_functional.get_4bit_type(format, device="cpu")
         codes, maxima = kernels.quantize(weight.contiguous(), table, block_size)
         state = bnb_functional.QuantState(
@@ -335,8 +335,12 @@ def quantize_4bit(
     return codes, state
 
 
-def _kernels_quantize(weight: torch.Tensor) -> bool:
+def _has_kernels(weight: torch.Tensor) -> bool:
     return kernels.INSTRUCTIONS is not None and weight.device.type == "cpu"
+
+
+def _kernels_take(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad
 
 
 def _quantize_4bit_in_chunks(
@@ -358,8 +362,7 @@ def _quantize_4bit_in_chunks(
 
 
 def _check_finite(weight: torch.Tensor) -> None:
-    if bad := weight.numel() - torch.isfinite(weight).sum().item():
-        raise ValueError(kernels.NOT_FINITE.format(bad, weight.numel()))
+    kernels.refuse(weight.numel() - torch.isfinite(weight).sum().item(), weight)
 
 
 def _on_all_cores(function, chunks: Sequence[torch.Tensor]) -> list:
@@ -420,9 +423,7 @@ class Experts(nn.ModuleList):
 
 def _can_fuse(used: dict[Expert, int], x: torch.Tensor) -> bool:
     return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and not x.requires_grad
+        _kernels_take(x)
         and max(used.values()) <= fused_tokens()
         and all(
             isinstance(linear, Linear4bit) and linear.stored is not None
@@ -607,7 +608,7 @@ class Quantize(Operation):
                 "download it again."
             ) from None
         self.hf_quantizer.worked_on(weight.numel())
-        used.get()(weight.nbytes)
+        count_used.get()(weight.nbytes)
         return stored
 
 
@@ -621,7 +622,7 @@ class Restore(Operation):
         tensors = {
             key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()
         }
-        used.get()(sum(tensor.nbytes for tensor in tensors.values()))
+        count_used.get()(sum(tensor.nbytes for tensor in tensors.values()))
         module, leaf = get_module_from_name(model, full_layer_name)
         if isinstance(module, QUANTIZED_LINEARS) and leaf == "weight":
             return {"weight": module.restored(tensors)}
@@ -680,7 +681,7 @@ class RecipeQuantizer(HfQuantizer):
         for name, module in quantized_linears(model):
             if storage_of(module) is None:
                 raise ValueError(f"The checkpoint holds nothing for {name}: a shard is missing.")
-            if module.weight.device.type == "cpu" and kernels.INSTRUCTIONS is not None:
+            if isinstance(module, Linear4bit) and module.stored is not None:
                 fused_tokens()  # now, that the first token need not wait for it
         model._weight_conversions = [
             conversion

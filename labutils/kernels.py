@@ -10,6 +10,7 @@ and nothing is kept beside them: a product decodes what is stored, double quanti
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import IntEnum
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -20,7 +21,6 @@ import torch
 
 GROUP = 64  # columns that a product takes at a time
 CHUNK = 4096  # weights that a thread quantizes at a time, and the largest block
-NOT_FINITE = "{:,} of {:,} weights are NaN or infinite"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -36,15 +36,15 @@ class Instructions(IntEnum):
         return ("portable instructions", "AVX2", "AVX512-BF16")[self]
 
 
-def _compiled() -> ctypes.CDLL | None:
+def _compiled(folder: Path) -> ctypes.CDLL | None:
+    """The library in `folder`, if it is there and loads: it takes its OpenMP from torch."""
     for suffix in EXTENSION_SUFFIXES:
-        file = Path(__file__).with_name(f"_kernels{suffix}")
-        if file.is_file():
-            return ctypes.CDLL(str(file))
+        with suppress(OSError):
+            return ctypes.CDLL(str(folder / f"_kernels{suffix}"))
     return None
 
 
-_LIBRARY = _compiled()
+_LIBRARY = _compiled(Path(__file__).parent)
 INSTRUCTIONS = None if _LIBRARY is None else Instructions(_LIBRARY.instructions())
 
 
@@ -155,7 +155,7 @@ def quantize(
         ctypes.c_void_p(maxima.data_ptr()),
         torch.get_num_threads(),
     )
-    _check(unusable, weights)
+    refuse(unusable, weights)
     return codes, maxima
 
 
@@ -175,13 +175,14 @@ def quantize_rows(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctypes.c_void_p(maxima.data_ptr()),
         torch.get_num_threads(),
     )
-    _check(unusable, weights)
+    refuse(unusable, weights)
     return codes, maxima
 
 
-def _check(unusable: int, weights: torch.Tensor) -> None:
+def refuse(unusable: int, weights: torch.Tensor) -> None:
+    """ValueError if any weight cannot be used, with their number."""
     if unusable:
-        raise ValueError(NOT_FINITE.format(unusable, weights.numel()))
+        raise ValueError(f"{unusable:,} of {weights.numel():,} weights are NaN or infinite")
 
 
 @cache

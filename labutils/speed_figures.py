@@ -106,8 +106,7 @@ def peers(speeds: Speeds) -> Figure:
 def _add_bars(figure: Figure, speeds: Speeds, panel: _Panel, place: int) -> None:
     """The bars of a panel, a trace for each kind of peer, and the value at the end of each."""
     values = speeds.table[panel.column]
-    rounds = speeds.rounds[panel.column].groupby(level="peer", sort=False)
-    low, high = rounds.min(), rounds.max()
+    low, high = speeds.lowest[panel.column], speeds.highest[panel.column]
     kinds = pd.Series([_kind(*row) for row in speeds.table["expert_bits"].items()], values.index)
     for kind, look in _KINDS.items():
         own = values.index[kinds == kind]

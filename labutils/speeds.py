@@ -64,9 +64,12 @@ class Speeds:
         return self._by_peer.median()
 
     @property
-    def spread(self) -> pd.DataFrame:
-        """Half the range over the rounds, relative to the median: 0.1 is plus or minus 10%."""
-        return (self._by_peer.max() - self._by_peer.min()) / 2 / self.table
+    def lowest(self) -> pd.DataFrame:
+        return self._by_peer.min()
+
+    @property
+    def highest(self) -> pd.DataFrame:
+        return self._by_peer.max()
 
     def ratio(self, column: str, peer: str, to: str) -> float:
         """How many times `peer` has what `to` has: the median over the rounds that have both.

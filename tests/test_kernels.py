@@ -1,5 +1,6 @@
 """The compiled kernels against bitsandbytes, and against exact products."""
 
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -61,24 +62,22 @@ def adversarial() -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- quantize
 
 
+def is_quantized_as_by_bitsandbytes(weight: torch.Tensor, format: str, block: int) -> bool:
+    expected_codes, expected = stored(weight, format, block, double_quant=False)
+    codes, maxima = kernels.quantize(weight, table(format), block)
+    return torch.equal(codes, expected_codes) and torch.equal(maxima, expected.absmax)
+
+
 @settings(deadline=None)
 @given(rows=st.integers(1, 40), block=BLOCKS, format=FORMATS, dtype=DTYPES, seed=st.integers(0, 9))
 def test_codes_and_maxima_are_those_of_bitsandbytes(rows, block, format, dtype, seed):
-    weight = drawn(rows, block, seed=seed).to(dtype)
-    expected_codes, expected = stored(weight, format, block, double_quant=False)
-    codes, maxima = kernels.quantize(weight, table(format), block)
-    assert torch.equal(codes, expected_codes)
-    assert torch.equal(maxima, expected.absmax)
+    assert is_quantized_as_by_bitsandbytes(drawn(rows, block, seed=seed).to(dtype), format, block)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_so_are_those_of_zeros_constants_denormals_and_ties(format, dtype):
-    weight = adversarial().to(dtype)
-    expected_codes, expected = stored(weight, format, 64, double_quant=False)
-    codes, maxima = kernels.quantize(weight, table(format), 64)
-    assert torch.equal(codes, expected_codes)
-    assert torch.equal(maxima, expected.absmax)
+    assert is_quantized_as_by_bitsandbytes(adversarial().to(dtype), format, 64)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -102,24 +101,22 @@ def test_a_matrix_of_mixtral_is_quantized_without_temporaries():
     assert meter.runs[0].peak_above_start_bytes - results_bytes <= 16 * MIB
 
 
+def is_int8_as_by_bitsandbytes(weight: torch.Tensor) -> bool:
+    expected = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    expected._quantize("cpu")
+    codes, maxima = kernels.quantize_rows(weight)
+    return torch.equal(codes, expected.CB) and torch.equal(maxima, expected.SCB)
+
+
 @settings(deadline=None)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 5000), dtype=DTYPES)
 def test_int8_rows_are_those_of_bitsandbytes(rows, columns, dtype):
-    weight = drawn(rows, columns).mul(0.02).to(dtype)
-    expected = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
-    expected._quantize("cpu")
-    codes, maxima = kernels.quantize_rows(weight)
-    assert torch.equal(codes, expected.CB)
-    assert torch.equal(maxima, expected.SCB)
+    assert is_int8_as_by_bitsandbytes(drawn(rows, columns).mul(0.02).to(dtype))
 
 
 def test_int8_rows_of_zeros_and_of_little_more_are_too():
-    weight = adversarial()[[0, 1, 2, 3, 6, 7, 8, 11]].to(torch.bfloat16)
-    expected = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
-    expected._quantize("cpu")
-    codes, maxima = kernels.quantize_rows(weight)
-    assert torch.equal(codes, expected.CB)
-    assert torch.equal(maxima, expected.SCB)
+    rows = adversarial()[[0, 1, 2, 3, 6, 7, 8, 11]]
+    assert is_int8_as_by_bitsandbytes(rows.to(torch.bfloat16))
 
 
 def test_int8_refuses_what_float16_cannot_hold():
@@ -209,6 +206,12 @@ def test_products_together_are_those_apart_whatever_the_threads(using):
     apart = computed(1, together=False)
     assert torch.equal(apart, computed(2, together=True))
     assert torch.equal(apart, computed(3, together=True))
+
+
+def test_a_library_that_does_not_load_is_as_none(tmp_path):
+    assert kernels._compiled(tmp_path) is None
+    (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    assert kernels._compiled(tmp_path) is None
 
 
 def test_the_group_is_what_the_source_says():
