@@ -25,6 +25,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -34,6 +35,7 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 from transformers.core_model_loading import (
     ConversionOps,
     MergeModulelist,
@@ -48,6 +50,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import kernels
 from .anatomy import part_of
 from .budget import parts_of
+from .decoding import quicken
 from .formats import FORMATS, NESTED_BLOCK, stored_bytes
 from .meter import mark
 from .recipes import Recipe, check_overrides
@@ -68,7 +71,8 @@ SLICE_WEIGHTS = 2**22
 COMPARED_TOKENS = (2, 8, 32, 128)
 CLEARLY = 0.9
 
-NOWHERE = None, None  # the weight whose place is known, and that place
+NOWHERE = None, None  # what it is whose place is known, and that place
+SILU = nn.SiLU, SiLUActivation
 _kept = threading.local()
 
 QUANTIZE_CHUNK = 2**17
@@ -171,27 +175,19 @@ class Linear4bit(bnb.nn.Linear4bit):
         if x.device.type != "cpu":
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        if not _kernels_take(x) or self.stored is None:
+        if not kernels.take(x) or self.stored is None:
             y = nn.functional.linear(rows, self.dequantized().to(x.dtype))
         elif len(rows) <= fused_tokens():
-            y = fused_product([self], [len(rows)], rows)
+            y = fused_product(self, rows)
         else:
             y = sliced_product(self, rows)
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
-def fused_product(
-    linears: Sequence[Linear4bit], tokens: Sequence[int], x: torch.Tensor
-) -> torch.Tensor:
-    """`x` (rows, in_features) straight from the codes, `tokens[0]` rows with the first linear's.
-
-    The next `tokens[1]` rows go with the second linear's, and so on, all in one call of the kernel.
-    The linears must be of one shape, and `x` in bfloat16.
-    """
-    y = x.new_empty(x.shape[0], linears[0].out_features)
-    kernels.multiply([linear.stored for linear in linears], tokens, x.contiguous(), y)
-    return y
+def fused_product(linear: Linear4bit, x: torch.Tensor) -> torch.Tensor:
+    """`x` (rows, in_features) in bfloat16 times the weight, straight from the codes."""
+    return kernels.multiply([linear.stored], x)[0]
 
 
 def sliced_product(linear: Linear4bit, x: torch.Tensor) -> torch.Tensor:
@@ -229,7 +225,7 @@ def fused_tokens() -> int:
     faster = 0
     for tokens in COMPARED_TOKENS:
         x = torch.randn(tokens, 1024, generator=generator, dtype=torch.bfloat16)
-        fused = _seconds(partial(fused_product, [linear], [tokens], x))
+        fused = _seconds(partial(fused_product, linear, x))
         if fused > CLEARLY * _seconds(partial(sliced_product, linear, x)):
             break
         faster = tokens
@@ -339,10 +335,6 @@ def _has_kernels(weight: torch.Tensor) -> bool:
     return kernels.INSTRUCTIONS is not None and weight.device.type == "cpu"
 
 
-def _kernels_take(x: torch.Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad
-
-
 def _quantize_4bit_in_chunks(
     weight: torch.Tensor, format: str, block_size: int
 ) -> tuple[torch.Tensor, bnb_functional.QuantState]:
@@ -390,6 +382,7 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(hidden, ffn, bias=False, device="meta", dtype=dtype)
         self.down_proj = nn.Linear(ffn, hidden, bias=False, device="meta", dtype=dtype)
         self.act_fn = act_fn
+        self._found = NOWHERE
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -397,6 +390,19 @@ class Expert(nn.Module):
     @property
     def linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.gate_proj, self.up_proj, self.down_proj
+
+    @property
+    def stored(self) -> kernels.Expert | None:
+        """Where the kernels find the matrices; None where they cannot use them."""
+        parts = tuple(getattr(linear, "stored", None) for linear in self.linears)
+        if None in parts or not isinstance(self.act_fn, SILU):
+            return None
+        if parts != self._found[0]:
+            self._found = parts, kernels.Expert(*parts)
+        return self._found[1]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_found": NOWHERE}
 
 
 class Experts(nn.ModuleList):
@@ -407,45 +413,24 @@ class Experts(nn.ModuleList):
     ) -> torch.Tensor:
         """(tokens, hidden), chosen (tokens, top_k), weights (tokens, top_k) -> (tokens, hidden).
 
-        Only chosen experts are touched. Rows are sorted by expert; where few are for any, all
-        experts are computed side by side, straight from their codes.
+        Only chosen experts are touched. Where few tokens are for any, all experts are computed in
+        one call, straight from their codes; else one by one.
         """
-        experts, order = chosen.flatten().sort(stable=True)
-        tokens_of = experts.bincount(minlength=len(self)).tolist()
-        used = {self[number]: tokens for number, tokens in enumerate(tokens_of) if tokens}
-        if not used:
+        numbers = chosen.flatten().tolist()
+        tokens_of = Counter(sorted(numbers))
+        if not tokens_of:
             return torch.zeros_like(hidden_states)
+        if kernels.take(hidden_states) and max(tokens_of.values()) <= fused_tokens():
+            stored = {number: self[number].stored for number in tokens_of}
+            if None not in stored.values():
+                return kernels.mix(stored, numbers, weights, hidden_states)
+        order = chosen.flatten().argsort(stable=True)
         token = order // chosen.shape[1]
-        compute = _side_by_side if _can_fuse(used, hidden_states) else _one_by_one
-        results = compute(used, hidden_states[token]) * weights.flatten()[order, None]
-        return torch.zeros_like(hidden_states).index_add_(0, token, results.to(hidden_states.dtype))
-
-
-def _can_fuse(used: dict[Expert, int], x: torch.Tensor) -> bool:
-    return (
-        _kernels_take(x)
-        and max(used.values()) <= fused_tokens()
-        and all(
-            isinstance(linear, Linear4bit) and linear.stored is not None
-            for expert in used
-            for linear in expert.linears
-        )
-    )
-
-
-def _side_by_side(used: dict[Expert, int], x: torch.Tensor) -> torch.Tensor:
-    """Each expert of its `used` many rows of `x`, straight from the codes, in two calls."""
-    tokens = list(used.values())
-    outer = [expert.gate_proj for expert in used] + [expert.up_proj for expert in used]
-    gate, up = fused_product(outer, tokens * 2, torch.cat((x, x))).chunk(2)
-    inner = next(iter(used)).act_fn(gate) * up
-    return fused_product([expert.down_proj for expert in used], tokens, inner)
-
-
-def _one_by_one(used: dict[Expert, int], x: torch.Tensor) -> torch.Tensor:
-    """The same, of experts stored in any way."""
-    parts = x.split(list(used.values()))
-    return torch.cat([expert(part) for expert, part in zip(used, parts, strict=True)])
+        parts = hidden_states[token].split(list(tokens_of.values()))
+        results = [self[number](part) for number, part in zip(tokens_of, parts, strict=True)]
+        weighted = torch.cat(results) * weights.flatten()[order, None]
+        weighted = weighted.to(hidden_states.dtype)
+        return torch.zeros_like(hidden_states).index_add_(0, token, weighted)
 
 
 class StoredRouter:
@@ -689,6 +674,7 @@ class RecipeQuantizer(HfQuantizer):
             if not (isinstance(conversion, WeightConverter) and self._restores(conversion))
         ]
         model.is_loaded_in_4bit = bool({"nf4", "fp4"} & self.recipe.formats)
+        quicken(model)
         _keep_freed_memory()
         return model
 

@@ -7,8 +7,8 @@
 // A product of few tokens is limited by how fast memory delivers the codes. So each byte is read
 // once: a row's codes become values through a table of 16 that lies in one register, are multiplied
 // with up to four tokens' inputs, and only the sum over a block meets the block's maximum. Rows are
-// read one after the other, a stream that memory delivers fastest; only where inputs are many or wide
-// do four rows go side by side, to read each input once for all four.
+// read one after the other, a stream that memory delivers fastest; only where tokens are many do two
+// rows go side by side, to read each input once for both.
 //
 // labutils/kernels.py says what each function takes, and falls back where this is not compiled.
 // OpenMP's symbols are not linked: they are those that torch has loaded, or there would be two pools
@@ -21,8 +21,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#define INLINE inline __attribute__((always_inline))
 #define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define AVX512_VBMI __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -37,12 +39,12 @@
 namespace {
 
 constexpr int GROUP = 64;          // weights whose codes fill half a register of 512 bits
-constexpr int ROWS = 4;            // side by side
+constexpr int ROWS = 2;            // side by side, where there are many tokens
 constexpr int TOKENS = 4;          // that share one decoding
+constexpr int64_t TASK_WEIGHTS = 1 << 18;  // that a thread takes at a time, and keeps in its cache
 constexpr int CHUNK = 4096;        // weights quantized at a time by one thread
 constexpr int NESTED_BLOCK = 256;  // maxima that share a maximum
-constexpr int PREFETCHED_BYTES = 2048;
-constexpr int WIDE = 8192;  // columns whose inputs crowd the first cache
+constexpr int PREFETCHED_BYTES = 8192;  // so far ahead, into the second cache
 
 enum Instructions { PORTABLE, WITH_AVX2, WITH_AVX512_BF16 };
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
@@ -73,11 +75,6 @@ struct Weight {
     const float* nested_table;  // (256)
     const float* nested_offset;
     int64_t rows, columns, block;
-
-    float maximum(int64_t number) const {
-        if (!nested) return maxima[number];
-        return nested_table[nested[number]] * maxima[number / NESTED_BLOCK] + *nested_offset;
-    }
 };
 
 struct Product {
@@ -225,8 +222,93 @@ extern "C" int64_t quantize_rows(const void* weights, int type, int64_t rows, in
 
 namespace {
 
-void maxima_portable(const Weight& weight, int64_t first, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i++) out[i] = weight.maximum(first + i);
+void find_nested_maxima(const Weight& weight, int64_t first, int64_t count, float* out) {
+    const uint8_t* codes = weight.nested;
+    const float *table = weight.nested_table, offset = *weight.nested_offset;
+    const int64_t last = first + count;
+    while (first < last) {
+        const float scale = weight.maxima[first / NESTED_BLOCK];
+        const int64_t end = std::min(last, (first / NESTED_BLOCK + 1) * NESTED_BLOCK);
+        const int64_t same = end - first;
+        for (int64_t i = 0; i < same; i++) out[i] = table[codes[first + i]];
+        for (int64_t i = 0; i < same; i++) out[i] = out[i] * scale + offset;
+        out += same;
+        first = end;
+    }
+}
+
+#if defined(__x86_64__)
+
+// The numbers of a table by the first of their four bytes, by the second, and so on: a register holds
+// 64 bytes, so that 64 numbers can be looked up at once.
+struct Planes {
+    float table[256] = {};
+    alignas(64) uint8_t bytes[4][256] = {};
+
+    const Planes& of(const float* wanted) {
+        if (memcmp(table, wanted, sizeof table)) {
+            memcpy(table, wanted, sizeof table);
+            for (int i = 0; i < 1024; i++)
+                bytes[i % 4][i / 4] = reinterpret_cast<const uint8_t*>(table)[i];
+        }
+        return *this;
+    }
+};
+
+AVX512_VBMI void find_nested_maxima_vbmi(const Weight& weight, int64_t first, int64_t count,
+                                         float* out) {
+    static thread_local Planes kept;
+    const Planes& planes = kept.of(weight.nested_table);
+    const __m512 offset = _mm512_set1_ps(*weight.nested_offset);
+    uint8_t places[64];  // of which four neighbours come to lie in each of four lanes
+    for (int i = 0; i < 64; i++) places[i] = i % 16 / 4 * 16 + i / 16 * 4 + i % 4;
+    const __m512i order = _mm512_loadu_si512(places);
+    for (const int64_t last = first + count; first < last; first += 64, out += 64) {
+        _mm_prefetch(weight.nested + first + count, _MM_HINT_T0);  // for the next task
+        const int64_t left = std::min<int64_t>(64, last - first);
+        const __m512i codes = _mm512_permutexvar_epi8(
+            order, _mm512_maskz_loadu_epi8(~0ull >> (64 - left), weight.nested + first));
+        const __mmask64 upper = _mm512_movepi8_mask(codes);
+        __m512i bytes[4];
+        for (int b = 0; b < 4; b++) {
+            const auto* plane = reinterpret_cast<const __m512i*>(planes.bytes[b]);
+            bytes[b] = _mm512_mask_blend_epi8(
+                upper, _mm512_permutex2var_epi8(plane[0], codes, plane[1]),
+                _mm512_permutex2var_epi8(plane[2], codes, plane[3]));
+        }
+        const __m512i lower_halves[2] = {_mm512_unpacklo_epi8(bytes[0], bytes[1]),
+                                         _mm512_unpackhi_epi8(bytes[0], bytes[1])};
+        const __m512i upper_halves[2] = {_mm512_unpacklo_epi8(bytes[2], bytes[3]),
+                                         _mm512_unpackhi_epi8(bytes[2], bytes[3])};
+        for (int q = 0; q < 4 && 16 * q < left; q++) {
+            const __m512i lower = lower_halves[q / 2], upper = upper_halves[q / 2];
+            const __m512 found = _mm512_castsi512_ps(q % 2 ? _mm512_unpackhi_epi16(lower, upper)
+                                                           : _mm512_unpacklo_epi16(lower, upper));
+            const int64_t number = first + 16 * q, wanted = std::min<int64_t>(16, left - 16 * q);
+            const int64_t same = NESTED_BLOCK - number % NESTED_BLOCK;
+            const float* scales = weight.maxima + number / NESTED_BLOCK;
+            __m512 scale = _mm512_set1_ps(scales[0]);
+            if (same < wanted)
+                scale = _mm512_mask_mov_ps(_mm512_set1_ps(scales[1]), (1 << same) - 1, scale);
+            _mm512_mask_storeu_ps(out + 16 * q, (1 << wanted) - 1,
+                                  _mm512_add_ps(_mm512_mul_ps(found, scale), offset));
+        }
+    }
+}
+
+#endif
+
+// `count` maxima from the one numbered `first` on.
+void find_maxima(const Weight& weight, int64_t first, int64_t count, float* out) {
+    if (!weight.nested) {
+        std::copy_n(weight.maxima + first, count, out);
+        return;
+    }
+#if defined(__x86_64__)
+    static const bool vbmi = instructions() == WITH_AVX512_BF16 && __builtin_cpu_supports("avx512vbmi");
+    if (vbmi) return find_nested_maxima_vbmi(weight, first, count, out);
+#endif
+    find_nested_maxima(weight, first, count, out);
 }
 
 template <typename T>
@@ -250,24 +332,6 @@ void dequantize_block(const Weight& weight, const uint8_t* codes, float maximum,
 }
 
 #if defined(__x86_64__)
-
-AVX512 void maxima_avx512(const Weight& weight, int64_t first, int64_t count, float* out) {
-    int64_t i = 0;
-    while (weight.nested && i + 16 <= count) {
-        const int64_t number = first + i;
-        if (number % NESTED_BLOCK > NESTED_BLOCK - 16) {
-            out[i++] = weight.maximum(number);
-            continue;
-        }
-        const __m512i codes = _mm512_cvtepu8_epi32(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.nested + number)));
-        const __m512 scaled = _mm512_mul_ps(_mm512_i32gather_ps(codes, weight.nested_table, 4),
-                                            _mm512_set1_ps(weight.maxima[number / NESTED_BLOCK]));
-        _mm512_storeu_ps(out + i, _mm512_add_ps(scaled, _mm512_set1_ps(*weight.nested_offset)));
-        i += 16;
-    }
-    maxima_portable(weight, first + i, count - i, out + i);
-}
 
 // Blocks of whole groups.
 AVX512 void dequantize_block_avx512(const Weight& weight, const uint8_t* codes, float maximum,
@@ -306,10 +370,7 @@ extern "C" void dequantize(const Weight* weight, int64_t first, int64_t count, i
     for (int64_t from = 0; from < count; from += TOGETHER) {
         const int64_t to = std::min(from + TOGETHER, count);
         float maxima[TOGETHER];
-#if defined(__x86_64__)
-        if (wide) maxima_avx512(*weight, first + from, to - from, maxima);
-#endif
-        if (!wide) maxima_portable(*weight, first + from, to - from, maxima);
+        find_maxima(*weight, first + from, to - from, maxima);
         for (int64_t number = from; number < to; number++) {
             const uint8_t* codes = weight->codes + (first + number) * block / 2;
             const float maximum = maxima[number - from];
@@ -329,58 +390,108 @@ extern "C" void dequantize(const Weight* weight, int64_t first, int64_t count, i
 
 // ---------------------------------------------------------------------------------------- multiply
 //
-// Inputs are laid out for it once: of every 64 the 32 even ones, then the 32 odd ones, as the high and
-// the low halves of 32 bytes of codes meet them. `dot_*` gives out[row][token] for R rows, T tokens.
+// Inputs are laid out for it once, as the codes in a register meet them: where `SHARED` codes lie in
+// one lane, of every `GROUP` inputs first those that meet a lane's first code, then those that meet
+// its second. Then `rows` multiplies R rows at a time with T tokens.
 
 namespace {
 
-template <typename T>
+template <class Processor>
 struct Inputs {
-    std::vector<T> values;  // (tokens, columns)
+    static constexpr int GROUP = Processor::GROUP, LANES = GROUP / Processor::SHARED;
+    using Value = typename Processor::Input;
 
-    Inputs(const Product& product) : values(product.tokens * product.weight.columns) {
-        for (size_t first = 0; first < values.size(); first += GROUP)
-            for (int i = 0; i < GROUP; i++)
-                values[first + i % 2 * 32 + i / 2] = converted(product.inputs[first + i]);
+    int64_t columns;            // in whole groups
+    std::vector<Value> values;  // (tokens, columns), and zeros where there is no input
+
+    Inputs(const uint16_t* inputs, int64_t tokens, int64_t from_columns)
+        : columns((from_columns + GROUP - 1) / GROUP * GROUP), values(tokens * columns) {
+        for (int64_t token = 0; token < tokens; token++)
+            for (int64_t i = 0; i < from_columns; i++) {
+                const int64_t group = i / GROUP * GROUP, lane = i % GROUP / Processor::SHARED;
+                values[token * columns + group + i % Processor::SHARED * LANES + lane] =
+                    converted(*inputs++);
+            }
     }
-    static T converted(uint16_t value) {
-        if constexpr (sizeof(T) == sizeof value) return value;
+
+    static Value converted(uint16_t value) {
+        if constexpr (sizeof(Value) == sizeof value) return value;
         return widened(value);
     }
 };
 
+// Some rows of a product, from `first_row` to before `last_row`, whose maxima have been found.
+template <class Processor>
+struct Task {
+    const Product& product;
+    const Inputs<Processor>& inputs;
+    int64_t first_row, last_row;
+    const float* maxima;
+
+    const float* maxima_of(int64_t row) const {
+        return maxima + (row - first_row) * (product.weight.columns / product.weight.block);
+    }
+
+    const typename Processor::Input* inputs_of(int64_t token) const {
+        return inputs.values.data() + token * inputs.columns;
+    }
+    void put(int64_t row, int64_t token, float value) const {
+        product.outputs[token * product.weight.rows + row] = rounded(value);
+    }
+};
+
+// Rows of a processor that sums up a row with `dot`.
+template <class Processor, int T>
+void rows_by_dot(const Task<Processor>& task, int64_t token) {
+    float sums[T];
+    for (int64_t row = task.first_row; row < task.last_row; row++) {
+        Processor::template dot<T>(task, row, token, sums);
+        for (int t = 0; t < T; t++) task.put(row, token + t, sums[t]);
+    }
+}
+
 struct Portable {
     using Input = float;
-
-    static constexpr auto maxima = maxima_portable;
+    static constexpr int GROUP = ::GROUP, SHARED = 2;
 
     template <int R, int T>
-    static void dot(const Weight& weight, int64_t row, const float* maxima, const float* inputs,
-                    float (*out)[TOKENS]) {
-        const int64_t columns = weight.columns, blocks = columns / weight.block;
-        for (int r = 0; r < R; r++) {
-            const uint8_t* codes = weight.codes + (row + r) * columns / 2;
-            for (int t = 0; t < T; t++) out[r][t] = 0;
-            for (int64_t b = 0; b < blocks; b++) {
-                float sums[T] = {};
-                for (int64_t at = b * weight.block; at < (b + 1) * weight.block; at += GROUP)
-                    for (int i = 0; i < GROUP / 2; i++) {
-                        const uint8_t pair = codes[at / 2 + i];
-                        const float even = weight.table[pair >> 4], odd = weight.table[pair & 15];
-                        for (int t = 0; t < T; t++) {
-                            const float* x = inputs + t * columns + at + i;
-                            sums[t] += even * x[0] + odd * x[GROUP / 2];
-                        }
+    static void rows(const Task<Portable>& task, int64_t token) {
+        rows_by_dot<Portable, T>(task, token);
+    }
+
+    template <int T>
+    static void dot(const Task<Portable>& task, int64_t row, int64_t token, float* out) {
+        const Weight& weight = task.product.weight;
+        const float* maxima = task.maxima_of(row);
+        const uint8_t* codes = weight.codes + row * weight.columns / 2;
+        std::fill_n(out, T, 0.0f);
+        for (int64_t first = 0; first < weight.columns; first += weight.block) {
+            float sums[T] = {};
+            for (int64_t at = first; at < first + weight.block; at += GROUP)
+                for (int i = 0; i < GROUP / 2; i++) {
+                    const uint8_t pair = *codes++;
+                    const float even = weight.table[pair >> 4], odd = weight.table[pair & 15];
+                    for (int t = 0; t < T; t++) {
+                        const float* x = task.inputs_of(token + t) + at + i;
+                        sums[t] += even * x[0] + odd * x[GROUP / 2];
                     }
-                for (int t = 0; t < T; t++) out[r][t] += sums[t] * maxima[r * blocks + b];
-            }
+                }
+            for (int t = 0; t < T; t++) out[t] += sums[t] * *maxima;
+            maxima++;
         }
     }
 };
 
 #if defined(__x86_64__)
 
-struct Avx2 : Portable {
+struct Avx2 {
+    using Input = float;
+    static constexpr int GROUP = ::GROUP, SHARED = 2;
+
+    template <int R, int T>
+    static void rows(const Task<Avx2>& task, int64_t token) {
+        rows_by_dot<Avx2, T>(task, token);
+    }
 
     AVX2 static __m256 lookup(__m256i codes, __m256 lower, __m256 upper) {
         const __m256 in_upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
@@ -394,151 +505,428 @@ struct Avx2 : Portable {
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
     }
 
-    template <int R, int T>
-    AVX2 static void dot(const Weight& weight, int64_t row, const float* maxima,
-                         const float* inputs, float (*out)[TOKENS]) {
-        const int64_t columns = weight.columns, blocks = columns / weight.block;
+    template <int T>
+    AVX2 static void dot(const Task<Avx2>& task, int64_t row, int64_t token, float* out) {
+        const Weight& weight = task.product.weight;
+        const float* maxima = task.maxima_of(row);
+        const uint8_t* codes = weight.codes + row * weight.columns / 2;
         const __m256 lower = _mm256_loadu_ps(weight.table);
         const __m256 upper = _mm256_loadu_ps(weight.table + 8);
-        for (int r = 0; r < R; r++) {
-            const uint8_t* codes = weight.codes + (row + r) * columns / 2;
-            __m256 totals[T];
-            for (auto& total : totals) total = _mm256_setzero_ps();
-            for (int64_t b = 0; b < blocks; b++) {
-                __m256 sums[T];
-                for (auto& sum : sums) sum = _mm256_setzero_ps();
-                for (int64_t at = b * weight.block; at < (b + 1) * weight.block; at += GROUP)
-                    for (int i = 0; i < GROUP / 2; i += 8) {
-                        const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(
-                            reinterpret_cast<const __m128i*>(codes + at / 2 + i)));
-                        const __m256 even = lookup(_mm256_srli_epi32(bytes, 4), lower, upper);
-                        const __m256 odd = lookup(bytes, lower, upper);
-                        for (int t = 0; t < T; t++) {
-                            const float* x = inputs + t * columns + at + i;
-                            sums[t] = _mm256_fmadd_ps(even, _mm256_loadu_ps(x), sums[t]);
-                            sums[t] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(x + GROUP / 2), sums[t]);
-                        }
+        __m256 totals[T];
+        for (auto& total : totals) total = _mm256_setzero_ps();
+        for (int64_t first = 0; first < weight.columns; first += weight.block) {
+            __m256 sums[T];
+            for (auto& sum : sums) sum = _mm256_setzero_ps();
+            for (int64_t at = first; at < first + weight.block; at += GROUP)
+                for (int i = 0; i < GROUP / 2; i += 8) {
+                    const __m256i bytes = _mm256_cvtepu8_epi32(
+                        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+                    const __m256 even = lookup(_mm256_srli_epi32(bytes, 4), lower, upper);
+                    const __m256 odd = lookup(bytes, lower, upper);
+                    for (int t = 0; t < T; t++) {
+                        const float* x = task.inputs_of(token + t) + at + i;
+                        sums[t] = _mm256_fmadd_ps(even, _mm256_loadu_ps(x), sums[t]);
+                        sums[t] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(x + GROUP / 2), sums[t]);
                     }
-                const __m256 maximum = _mm256_set1_ps(maxima[r * blocks + b]);
-                for (int t = 0; t < T; t++)
-                    totals[t] = _mm256_fmadd_ps(sums[t], maximum, totals[t]);
-            }
-            for (int t = 0; t < T; t++) out[r][t] = sum(totals[t]);
+                    codes += 8;
+                }
+            const __m256 maximum = _mm256_set1_ps(*maxima++);
+            for (int t = 0; t < T; t++) totals[t] = _mm256_fmadd_ps(sums[t], maximum, totals[t]);
         }
+        for (int t = 0; t < T; t++) out[t] = sum(totals[t]);
     }
 };
 
 struct Avx512Bf16 {
     using Input = uint16_t;
+    static constexpr int GROUP = 128, SHARED = 4;
+    static constexpr int SHIFTS[SHARED] = {4, 0, 12, 8};  // of a word's four codes
 
-    static constexpr auto maxima = maxima_avx512;
+    // Sums over the lanes of each.
+    AVX512 static __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const __m512d ab_pairs = _mm512_castps_pd(ab), cd_pairs = _mm512_castps_pd(cd);
+        const __m512 all =
+            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab_pairs, cd_pairs)),
+                          _mm512_castpd_ps(_mm512_unpackhi_pd(ab_pairs, cd_pairs)));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    }
 
+    // Adds to each token's sums its products with a group of codes, whose two halves lie each within
+    // one block.
+    template <int T>
+    AVX512 INLINE static void add(__m512i words, __m512i table, __m512 maximum,
+                                  const uint16_t* const* inputs, int64_t at, __m512* sums) {
+        __m512bh factors[SHARED];
+#pragma GCC unroll 4
+        for (int k = 0; k < SHARED; k++)
+            factors[k] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, SHIFTS[k]), table);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 4
+            for (int k = 0; k < SHARED; k++) {
+                const uint16_t* x = inputs[t] + at + k * GROUP / SHARED;
+                sum = _mm512_dpbf16_ps(sum, factors[k], (__m512bh)_mm512_loadu_si512(x));
+            }
+            sums[t] = _mm512_fmadd_ps(sum, maximum, sums[t]);
+        }
+    }
+
+    // Four rows after another, R at a time side by side.
     template <int R, int T>
-    AVX512 static void dot(const Weight& weight, int64_t row, const float* maxima,
-                           const uint16_t* inputs, float (*out)[TOKENS]) {
-        const int64_t columns = weight.columns, blocks = columns / weight.block;
-        const uint8_t* codes = weight.codes + row * columns / 2;
-        uint16_t values[32];
+    AVX512 static void rows(const Task<Avx512Bf16>& task, int64_t token) {
+        constexpr int FOUR = 4;
+        const Weight& weight = task.product.weight;
+        const int64_t columns = weight.columns, row_blocks = columns / weight.block;
+        const __m128i to_block = _mm_cvtsi32_si128(__builtin_ctzll(weight.block * 2 / GROUP));
+        const __m512i two_halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        uint16_t values[32];  // twice the table: of the five bits of a place the first is not ours
         for (int i = 0; i < 32; i++) values[i] = rounded(weight.table[i % 16]);
         const __m512i table = _mm512_loadu_si512(values);
-        __m512 totals[R][T];
-        for (auto& of_row : totals)
-            for (auto& total : of_row) total = _mm512_setzero_ps();
-        const size_t row_bytes = columns / 2;
-        for (int64_t b = 0; b < blocks; b++) {
-            __m512 sums[R][T];
-            for (auto& of_row : sums)
-                for (auto& sum : of_row) sum = _mm512_setzero_ps();
-            for (int64_t i = 0; i < weight.block; i += GROUP) {
+        const uint16_t* inputs[T];
+        for (int t = 0; t < T; t++) inputs[t] = task.inputs_of(token + t);
+        for (int64_t first = task.first_row; first < task.last_row; first += FOUR) {
+            __m512 totals[FOUR][T];
+            for (int q = 0; q < FOUR; q += R) {
+                const uint8_t* codes[R];
+                const float* maxima[R];
+                __m512 sums[R][T];
+#pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
-                    const uint8_t* place = codes + r * row_bytes;
-                    _mm_prefetch(place + PREFETCHED_BYTES, _MM_HINT_NTA);
-                    const __m512i bytes = _mm512_cvtepu8_epi16(
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place)));
-                    const auto even =
-                        (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
-                    const auto odd = (__m512bh)_mm512_permutexvar_epi16(bytes, table);
-                    for (int t = 0; t < T; t++) {
-                        const uint16_t* x = inputs + t * columns;
-                        sums[r][t] = _mm512_dpbf16_ps(sums[r][t], even,
-                                                      (__m512bh)_mm512_loadu_si512(x));
-                        sums[r][t] = _mm512_dpbf16_ps(
-                            sums[r][t], odd, (__m512bh)_mm512_loadu_si512(x + GROUP / 2));
-                    }
+                    const int64_t row = std::min(first + q + r, task.last_row - 1);
+                    codes[r] = weight.codes + row * columns / 2;
+                    maxima[r] = task.maxima_of(row);
+                    for (auto& sum : sums[r]) sum = _mm512_setzero_ps();
                 }
-                codes += GROUP / 2;
-                inputs += GROUP;
+                for (int64_t block = 0; block < row_blocks; block += 16) {
+                    const __mmask16 wanted = (1 << std::min<int64_t>(16, row_blocks - block)) - 1;
+                    __m512 sixteen[R];
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++)
+                        sixteen[r] = _mm512_maskz_loadu_ps(wanted, maxima[r] + block);
+                    __m512i half = two_halves;
+                    int64_t at = block * weight.block;
+                    const int64_t end = std::min(columns, at + 16 * weight.block);
+                    for (; at + GROUP <= end; at += GROUP) {
+                        const __m512i place = _mm512_srl_epi32(half, to_block);
+                        half = _mm512_add_epi32(half, _mm512_set1_epi32(2));
+#pragma GCC unroll 4
+                        for (int r = 0; r < R; r++) {
+                            _mm_prefetch(codes[r] + at / 2 + PREFETCHED_BYTES, _MM_HINT_T1);
+                            add<T>(_mm512_loadu_si512(codes[r] + at / 2), table,
+                                   _mm512_permutexvar_ps(place, sixteen[r]), inputs, at, sums[r]);
+                        }
+                    }
+                    for (int r = 0; at < end && r < R; r++)
+                        add<T>(_mm512_maskz_loadu_epi64(0x0f, codes[r] + at / 2), table,
+                               _mm512_permutexvar_ps(half, sixteen[r]), inputs, at, sums[r]);
+                }
+                for (int r = 0; r < R; r++)
+                    for (int t = 0; t < T; t++) totals[q + r][t] = sums[r][t];
             }
-            for (int r = 0; r < R; r++) {
-                const __m512 maximum = _mm512_set1_ps(maxima[r * blocks + b]);
-                for (int t = 0; t < T; t++)
-                    totals[r][t] = _mm512_fmadd_ps(sums[r][t], maximum, totals[r][t]);
+            const __mmask8 there = (1 << std::min<int64_t>(FOUR, task.last_row - first)) - 1;
+            for (int t = 0; t < T; t++) {
+                const __m128 four = sums(totals[0][t], totals[1][t], totals[2][t], totals[3][t]);
+                uint16_t* out = task.product.outputs + (token + t) * weight.rows + first;
+                _mm_mask_storeu_epi16(out, there, (__m128i)_mm_cvtneps_pbh(four));
             }
         }
-        for (int r = 0; r < R; r++)
-            for (int t = 0; t < T; t++) out[r][t] = _mm512_reduce_add_ps(totals[r][t]);
     }
 };
 
 #endif
 
-template <class Processor, int R, int T>
-void multiply_rows(const Product& product, int64_t row, const float* maxima, int64_t token,
-                   const typename Processor::Input* inputs) {
-    float out[R][TOKENS];
-    const Weight& weight = product.weight;
-    Processor::template dot<R, T>(weight, row, maxima, inputs + token * weight.columns, out);
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++)
-            product.outputs[(token + t) * weight.rows + row + r] = rounded(out[r][t]);
-}
-
 template <class Processor, int R>
-void multiply_rows(const Product& product, int64_t row, float* maxima,
-                   const typename Processor::Input* inputs) {
-    const int64_t blocks = product.weight.columns / product.weight.block;
-    Processor::maxima(product.weight, row * blocks, R * blocks, maxima);
+void multiply_rows(const Task<Processor>& task) {
+    const int64_t tokens = task.product.tokens;
     int64_t token = 0;
-    for (; token + TOKENS <= product.tokens; token += TOKENS)
-        multiply_rows<Processor, R, TOKENS>(product, row, maxima, token, inputs);
-    switch (product.tokens - token) {
-        case 1: return multiply_rows<Processor, R, 1>(product, row, maxima, token, inputs);
-        case 2: return multiply_rows<Processor, R, 2>(product, row, maxima, token, inputs);
-        case 3: return multiply_rows<Processor, R, 3>(product, row, maxima, token, inputs);
+    for (; token + TOKENS <= tokens; token += TOKENS)
+        Processor::template rows<R, TOKENS>(task, token);
+    switch (tokens - token) {
+        case 1: return Processor::template rows<R, 1>(task, token);
+        case 2: return Processor::template rows<R, 2>(task, token);
+        case 3: return Processor::template rows<R, 3>(task, token);
     }
 }
 
+// A thread has rows that follow one another, as memory delivers those fastest.
 template <class Processor>
 void multiply_all(const Product* products, int count, int threads) {
-    std::vector<Inputs<typename Processor::Input>> inputs(products, products + count);
+    std::vector<Inputs<Processor>> inputs;
+    inputs.reserve(count);
+    std::vector<Task<Processor>> tasks;
+    for (const Product* product = products; product < products + count; product++) {
+        const bool same = product > products && product->inputs == product[-1].inputs;
+        if (!same) inputs.emplace_back(product->inputs, product->tokens, product->weight.columns);
+        const int64_t rows = product->weight.rows;
+        const int64_t at_once = std::max<int64_t>(TASK_WEIGHTS / product->weight.columns, 1);
+        for (int64_t row = 0; row < rows; row += at_once)
+            tasks.push_back({*product, inputs.back(), row, std::min(row + at_once, rows), nullptr});
+    }
 #pragma omp parallel num_threads(threads)
-    for (int number = 0; number < count; number++) {
-        const Product& product = products[number];
-        const Weight& weight = product.weight;
-        const auto* values = inputs[number].values.data();
-        std::vector<float> maxima(ROWS * weight.columns / weight.block);
-        const bool few = product.tokens < TOKENS && weight.columns < WIDE;
-        const int64_t side_by_side = few ? 1 : ROWS;
-        const int64_t groups = weight.rows / side_by_side;
-#pragma omp for schedule(static) nowait
-        for (int64_t group = 0; group < groups; group++) {
-            if (side_by_side == 1)
-                multiply_rows<Processor, 1>(product, group, maxima.data(), values);
+    {
+        std::vector<float> maxima;
+#pragma omp for schedule(static)
+        for (size_t number = 0; number < tasks.size(); number++) {
+            Task<Processor> task = tasks[number];
+            const Weight& weight = task.product.weight;
+            const int64_t of_row = weight.columns / weight.block;
+            const int64_t first = task.first_row * of_row, last = task.last_row * of_row;
+            task.maxima = weight.maxima + first;
+            if (weight.nested) {
+                maxima.resize(last - first);
+                find_maxima(weight, first, last - first, maxima.data());
+                task.maxima = maxima.data();
+            }
+            if (task.product.tokens < TOKENS)
+                multiply_rows<Processor, 1>(task);
             else
-                multiply_rows<Processor, ROWS>(product, group * ROWS, maxima.data(), values);
+                multiply_rows<Processor, ROWS>(task);
         }
-#pragma omp for schedule(static) nowait
-        for (int64_t row = groups * side_by_side; row < weight.rows; row++)
-            multiply_rows<Processor, 1>(product, row, maxima.data(), values);
     }
 }
 
 }  // namespace
 
-extern "C" void multiply(const Product* products, int count, int threads, int level) {
+namespace {
+
+void multiply_products(const Product* products, int count, int threads, int level) {
 #if defined(__x86_64__)
     if (level == WITH_AVX512_BF16) return multiply_all<Avx512Bf16>(products, count, threads);
     if (level == WITH_AVX2) return multiply_all<Avx2>(products, count, threads);
 #endif
     multiply_all<Portable>(products, count, threads);
+}
+
+}  // namespace
+
+// The same inputs times several matrices; the outputs of one lie behind those of the other.
+extern "C" void multiply(const Weight* const* weights, int count, const uint16_t* inputs,
+                         uint16_t* outputs, int64_t tokens, int threads, int level) {
+    std::vector<Product> products;
+    for (int i = 0; i < count; outputs += tokens * weights[i++]->rows)
+        products.push_back({*weights[i], inputs, outputs, tokens});
+    multiply_products(products.data(), count, threads, level);
+}
+
+// ----------------------------------------------------------------------------- between the matrices
+//
+// What a layer computes between its matrices is little work, but a dozen operations of torch, each of
+// which takes longer than its work. Here each is one call, and rounds to bfloat16 where torch does.
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications
+
+inline __attribute__((always_inline)) float dot(const uint16_t* a, const uint16_t* b, int64_t size) {
+    float sums[LANES] = {}, sum = 0;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            sums[lane] += widened(a[i + lane]) * widened(b[i + lane]);
+    for (; i < size; i++) sum += widened(a[i]) * widened(b[i]);
+    for (float lane : sums) sum += lane;
+    return sum;
+}
+
+// Within three units in the last place: 2**n times the Taylor series of the rest, |rest| <= ln(2)/2.
+inline __attribute__((always_inline)) float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    const float n = (x * 0x1.715476p0f + 0x1.8p23f) - 0x1.8p23f;
+    const float rest = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+    float series = 1.0f / 720;
+    for (int divisor : {120, 24, 6, 2, 1, 1}) series = series * rest + 1.0f / divisor;
+    const int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return series * power;
+}
+
+// Some rows of a matrix in bfloat16, from `first` to before `last`, times few tokens.
+struct Task16 {
+    const uint16_t* weight;
+    int64_t rows, columns;
+    const uint16_t* inputs;
+    int64_t tokens;
+    uint16_t* outputs;
+    int64_t first, last;
+};
+
+FOR_EACH_PROCESSOR void multiply_rows_16bit(const Task16& task) {
+    for (int64_t row = task.first; row < task.last; row++)
+        for (int64_t token = 0; token < task.tokens; token++)
+            task.outputs[token * task.rows + row] =
+                rounded(dot(task.weight + row * task.columns, task.inputs + token * task.columns,
+                            task.columns));
+}
+
+#if defined(__x86_64__)
+
+template <int T>
+AVX512 void multiply_rows_16bit_avx512(const Task16& task) {
+    constexpr int AT_ONCE = 32;
+    for (int64_t row = task.first; row < task.last; row++) {
+        const uint16_t* weight = task.weight + row * task.columns;
+        __m512 sums[T];
+        for (auto& sum : sums) sum = _mm512_setzero_ps();
+        for (int64_t at = 0; at < task.columns; at += AT_ONCE) {
+            const int64_t left = std::min<int64_t>(AT_ONCE, task.columns - at);
+            const __mmask32 there = ~0u >> (AT_ONCE - left);
+            _mm_prefetch(weight + at + PREFETCHED_BYTES / 2, _MM_HINT_T1);
+            const auto factors = (__m512bh)_mm512_maskz_loadu_epi16(there, weight + at);
+            for (int t = 0; t < T; t++) {
+                const uint16_t* x = task.inputs + t * task.columns + at;
+                sums[t] = _mm512_dpbf16_ps(sums[t], factors,
+                                           (__m512bh)_mm512_maskz_loadu_epi16(there, x));
+            }
+        }
+        for (int t = 0; t < T; t++)
+            task.outputs[t * task.rows + row] = rounded(_mm512_reduce_add_ps(sums[t]));
+    }
+}
+
+#endif
+
+void multiply_rows_16bit(const Task16& task, int level) {
+#if defined(__x86_64__)
+    if (level == WITH_AVX512_BF16) switch (task.tokens) {
+        case 1: return multiply_rows_16bit_avx512<1>(task);
+        case 2: return multiply_rows_16bit_avx512<2>(task);
+        case 3: return multiply_rows_16bit_avx512<3>(task);
+        case 4: return multiply_rows_16bit_avx512<4>(task);
+    }
+#endif
+    multiply_rows_16bit(task);
+}
+
+FOR_EACH_PROCESSOR void gate(const uint16_t* gates, uint16_t* ups, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const float x = widened(gates[i]);
+        const uint16_t silu = rounded(x / (1.0f + exponential(-x)));
+        ups[i] = rounded(widened(silu) * widened(ups[i]));
+    }
+}
+
+FOR_EACH_PROCESSOR void norm_row(const uint16_t* x, const uint16_t* weight, float epsilon,
+                                 int64_t columns, uint16_t* out) {
+    const float scale = 1.0f / __builtin_sqrtf(dot(x, x, columns) / columns + epsilon);
+    for (int64_t i = 0; i < columns; i++)
+        out[i] = rounded(widened(weight[i]) * widened(rounded(widened(x[i]) * scale)));
+}
+
+FOR_EACH_PROCESSOR void attend_head(const uint16_t* query, const uint16_t* keys,
+                                    const uint16_t* values, int64_t length, int64_t size,
+                                    float scale, float* scores, float* sums, uint16_t* out) {
+    float highest = -__builtin_inff(), total = 0;
+    for (int64_t i = 0; i < length; i++) {
+        scores[i] = dot(query, keys + i * size, size) * scale;
+        highest = std::max(highest, scores[i]);
+    }
+    for (int64_t i = 0; i < length; i++) scores[i] = exponential(scores[i] - highest);
+    std::fill_n(sums, size, 0.0f);
+    for (int64_t i = 0; i < length; i++) {
+        total += scores[i];
+        for (int64_t j = 0; j < size; j++) sums[j] += scores[i] * widened(values[i * size + j]);
+    }
+    for (int64_t j = 0; j < size; j++) out[j] = rounded(sums[j] / total);
+}
+
+}  // namespace
+
+// A matrix (rows, columns) in bfloat16 times few tokens.
+extern "C" void multiply_16bit(const uint16_t* weight, int64_t rows, int64_t columns,
+                               const uint16_t* inputs, int64_t tokens, uint16_t* outputs,
+                               int threads, int level) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int thread = 0; thread < threads; thread++)
+        multiply_rows_16bit({weight, rows, columns, inputs, tokens, outputs,
+                             rows * thread / threads, rows * (thread + 1) / threads}, level);
+}
+
+extern "C" void norm(const uint16_t* x, const uint16_t* weight, float epsilon, int64_t rows,
+                     int64_t columns, uint16_t* out, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * columns > WORTH_A_THREAD)
+    for (int64_t row = 0; row < rows; row++)
+        norm_row(x + row * columns, weight, epsilon, columns, out + row * columns);
+}
+
+// Rotary positions, in place: the two halves of each of `heads` vectors of `size` turn together. From
+// one sequence to the next are `stride` cosines and sines.
+extern "C" void rotate(uint16_t* x, int64_t sequences, int64_t heads, int64_t size,
+                       const uint16_t* cosines, const uint16_t* sines, int64_t stride) {
+    const int64_t half = size / 2;
+    const auto turned = [](float value, float other, uint16_t cosine, uint16_t sine) {
+        return rounded(widened(rounded(value * widened(cosine))) +
+                       widened(rounded(other * widened(sine))));
+    };
+    for (int64_t sequence = 0; sequence < sequences; sequence++) {
+        const uint16_t *cosine = cosines + sequence * stride, *sine = sines + sequence * stride;
+        for (int64_t head = 0; head < heads; head++, x += size)
+            for (int64_t i = 0; i < half; i++) {
+                const float left = widened(x[i]), right = widened(x[i + half]);
+                x[i] = turned(left, -right, cosine[i], sine[i]);
+                x[i + half] = turned(right, left, cosine[i + half], sine[i + half]);
+            }
+    }
+}
+
+// One query (sequences, heads, size) a sequence over keys and values (sequences, groups, length,
+// size), which heads share by groups.
+extern "C" void attend(const uint16_t* queries, const uint16_t* keys, const uint16_t* values,
+                       int64_t sequences, int64_t heads, int64_t groups, int64_t length,
+                       int64_t size, float scale, uint16_t* out, int threads) {
+    const int64_t shared = heads / groups;
+#pragma omp parallel num_threads(threads) if (sequences * heads * length * size > WORTH_A_THREAD)
+    {
+        std::vector<float> room(length + size);
+#pragma omp for
+        for (int64_t head = 0; head < sequences * heads; head++) {
+            const int64_t place = head / shared * length * size;
+            attend_head(queries + head * size, keys + place, values + place, length, size, scale,
+                        room.data(), room.data() + length, out + head * size);
+        }
+    }
+}
+
+struct Expert {
+    Weight gate, up, down;
+};
+
+// SwiGLU experts, and the sum of what the chosen ones make of each token, weighted. Of the `pairs` of
+// a token and an expert, sorted by expert, `tokens[i]` are the i-th expert's; `pair_of` says which
+// pair of (tokens, top) it is.
+extern "C" void mix(const Expert* const* experts, const int64_t* tokens, int count,
+                    const int64_t* pair_of, int64_t pairs, int64_t top, const float* weights,
+                    const uint16_t* x, uint16_t* out, int threads, int level) {
+    const int64_t hidden = experts[0]->gate.columns, ffn = experts[0]->gate.rows;
+    std::vector<uint16_t> inputs(pairs * hidden), gates(pairs * ffn), ups(pairs * ffn);
+    for (int64_t i = 0; i < pairs; i++)
+        std::copy_n(x + pair_of[i] / top * hidden, hidden, inputs.data() + i * hidden);
+    std::vector<Product> outer, inner;
+    int64_t first = 0;
+    for (int i = 0; i < count; first += tokens[i++]) {
+        const uint16_t* from = inputs.data() + first * hidden;
+        outer.push_back({experts[i]->gate, from, gates.data() + first * ffn, tokens[i]});
+        outer.push_back({experts[i]->up, from, ups.data() + first * ffn, tokens[i]});
+        inner.push_back({experts[i]->down, ups.data() + first * ffn,
+                         inputs.data() + first * hidden, tokens[i]});
+    }
+    multiply_products(outer.data(), 2 * count, threads, level);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int thread = 0; thread < threads; thread++) {
+        const int64_t from = pairs * ffn * thread / threads, to = pairs * ffn * (thread + 1) / threads;
+        gate(gates.data() + from, ups.data() + from, to - from);
+    }
+    multiply_products(inner.data(), count, threads, level);
+    for (int64_t i = 0; i < pairs; i++) {
+        uint16_t* sum = out + pair_of[i] / top * hidden;
+        for (int64_t j = 0; j < hidden; j++) {
+            const float part = widened(inputs[i * hidden + j]) * weights[pair_of[i]];
+            sum[j] = rounded(widened(sum[j]) + widened(rounded(part)));
+        }
+    }
 }

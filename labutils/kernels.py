@@ -9,13 +9,12 @@ and nothing is kept beside them: a product decodes what is stored, double quanti
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from enum import IntEnum
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -36,30 +35,59 @@ class Instructions(IntEnum):
         return ("portable instructions", "AVX2", "AVX512-BF16")[self]
 
 
+class Weight(ctypes.Structure):
+    """Where a matrix of 4-bit codes lies. It holds addresses only: keep the tensors alive."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "table", "maxima")),
+        *((name, ctypes.c_void_p) for name in ("nested", "nested_table", "nested_offset")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "block")),
+    )
+
+
+class Expert(ctypes.Structure):
+    """The three matrices of a SwiGLU expert."""
+
+    _fields_ = (("gate", Weight), ("up", Weight), ("down", Weight))
+
+
+# Of each function, its parameters: address, matrix, whole numbers of 64 and 32 bits, real number.
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "m": ctypes.POINTER(Weight),
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+}
+_SIGNATURES = {
+    "prefer_large_pages": "pl",
+    "quantize": "pilippppi",
+    "quantize_rows": "pillppi",
+    "dequantize": "mllipii",
+    "multiply": "pipplii",
+    "mix": "ppipllpppii",
+    "multiply_16bit": "pllplpii",
+    "norm": "ppfllpi",
+    "rotate": "plllppl",
+    "attend": "ppplllllfpi",
+}
+
+
 def _compiled(folder: Path) -> ctypes.CDLL | None:
     """The library in `folder`, if it is there and loads: it takes its OpenMP from torch."""
     for suffix in EXTENSION_SUFFIXES:
         with suppress(OSError):
-            return ctypes.CDLL(str(folder / f"_kernels{suffix}"))
+            library = ctypes.CDLL(str(folder / f"_kernels{suffix}"))
+            for name, types in _SIGNATURES.items():
+                function = getattr(library, name)
+                function.argtypes = [_TYPES[letter] for letter in types]
+                function.restype = ctypes.c_int64 if name.startswith("quantize") else None
+            return library
     return None
 
 
 _LIBRARY = _compiled(Path(__file__).parent)
 INSTRUCTIONS = None if _LIBRARY is None else Instructions(_LIBRARY.instructions())
-
-
-class Weight(NamedTuple):
-    """Where a matrix of 4-bit codes lies. It holds addresses only: keep the tensors alive."""
-
-    codes: int
-    table: int
-    maxima: int
-    nested: int | None
-    nested_table: int | None
-    nested_offset: int | None
-    rows: int
-    columns: int
-    block: int
 
 
 def weight(codes: torch.Tensor, state) -> Weight:
@@ -73,39 +101,144 @@ def weight(codes: torch.Tensor, state) -> Weight:
     return Weight(*places, *[None] * (6 - len(places)), *state.shape, state.blocksize)
 
 
-class _Product(ctypes.Structure):
-    """A weight, and where its inputs and outputs lie."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in Weight._fields[:6]),
-        *((name, ctypes.c_int64) for name in Weight._fields[6:]),
-        ("inputs", ctypes.c_void_p),
-        ("outputs", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
+def take(*tensors: torch.Tensor) -> bool:
+    """Whether these can be inputs here: in bfloat16, on a CPU, and not to be differentiated."""
+    return (
+        INSTRUCTIONS is not None
+        and all(x.dtype is torch.bfloat16 and x.device.type == "cpu" for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     )
 
 
 def multiply(
-    weights: Sequence[Weight],
-    tokens: Sequence[int],
-    inputs: torch.Tensor,
-    outputs: torch.Tensor,
-    using: Instructions | None = INSTRUCTIONS,
-) -> None:
-    """`inputs` (rows, columns) times several matrices: `tokens[0]` rows times the first, and so on.
+    weights: Sequence[Weight], inputs: torch.Tensor, using: Instructions | None = INSTRUCTIONS
+) -> list[torch.Tensor]:
+    """`inputs` (tokens, columns) times each of several matrices: (tokens, rows), all in bfloat16.
 
-    The products go into contiguous `outputs` (rows, rows of a matrix); both are in bfloat16. All
-    are computed at once, each output by one thread. Columns must be a multiple of the block, and
-    the block of 64.
+    Columns must be a multiple of the block, and the block of 64.
     """
-    products = []
-    source, target = inputs.data_ptr(), outputs.data_ptr()
-    for weight, count in zip(weights, tokens, strict=True):
-        products.append(_Product(*weight, source, target, count))
-        source += 2 * count * weight.columns
-        target += 2 * count * weight.rows
-    together = (_Product * len(products))(*products)
-    _LIBRARY.multiply(together, len(products), torch.get_num_threads(), using)
+    inputs, rows = inputs.contiguous(), [weight.rows for weight in weights]
+    outputs = inputs.new_empty(len(inputs) * sum(rows))
+    _LIBRARY.multiply(
+        _addresses(weights),
+        len(rows),
+        inputs.data_ptr(),
+        outputs.data_ptr(),
+        len(inputs),
+        torch.get_num_threads(),
+        using,
+    )
+    parts = outputs.split([len(inputs) * each for each in rows])
+    return [part.view(len(inputs), each) for part, each in zip(parts, rows, strict=True)]
+
+
+def _addresses(structures: Collection[ctypes.Structure]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(structures))(*map(ctypes.addressof, structures))
+
+
+def mix(
+    experts: dict[int, Expert],
+    chosen: Sequence[int],
+    weights: torch.Tensor,
+    inputs: torch.Tensor,
+    using: Instructions | None = INSTRUCTIONS,
+) -> torch.Tensor:
+    """What the chosen experts make of each of `inputs` (tokens, hidden), weighted and summed up.
+
+    `weights` is (tokens, top_k); `chosen` has the number of the expert that each is for, row by
+    row, and `experts` those that occur, in order of their numbers.
+
+    Rounded to bfloat16 are, as torch would, what each matrix gives, the gate's SiLU, the product of
+    gate and up, the weighted result, and the sum.
+    """
+    inputs, weights = inputs.contiguous(), weights.float().contiguous()
+    outputs = torch.zeros_like(inputs)
+    pairs = sorted(range(len(chosen)), key=chosen.__getitem__)
+    _LIBRARY.mix(
+        _addresses(experts.values()),
+        (ctypes.c_int64 * len(experts))(*map(chosen.count, experts)),
+        len(experts),
+        (ctypes.c_int64 * len(pairs))(*pairs),
+        len(pairs),
+        weights.shape[1],
+        weights.data_ptr(),
+        inputs.data_ptr(),
+        outputs.data_ptr(),
+        torch.get_num_threads(),
+        using,
+    )
+    return outputs
+
+
+def multiply_16bit(
+    weight: torch.Tensor, inputs: torch.Tensor, using: Instructions | None = INSTRUCTIONS
+) -> torch.Tensor:
+    """Few `inputs` (tokens, columns) times `weight` (rows, columns), all in bfloat16."""
+    inputs, weight = inputs.contiguous(), weight.contiguous()
+    outputs = inputs.new_empty(len(inputs), len(weight))
+    _LIBRARY.multiply_16bit(
+        weight.data_ptr(),
+        *weight.shape,
+        inputs.data_ptr(),
+        len(inputs),
+        outputs.data_ptr(),
+        torch.get_num_threads(),
+        using,
+    )
+    return outputs
+
+
+def norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`inputs` (..., columns) by their root mean square, rounded, times `weight` (columns)."""
+    inputs = inputs.contiguous()
+    outputs = torch.empty_like(inputs)
+    columns = len(weight)
+    _LIBRARY.norm(
+        inputs.data_ptr(),
+        weight.data_ptr(),
+        epsilon,
+        inputs.numel() // columns,
+        columns,
+        outputs.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def rotate(vectors: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> None:
+    """Turn contiguous `vectors` (sequences, heads, size) to their positions, in place.
+
+    `cosines` and `sines` are (sequences, 1, size), or (1, 1, size) for all.
+    """
+    _LIBRARY.rotate(
+        vectors.data_ptr(),
+        *vectors.shape,
+        cosines.contiguous().data_ptr(),
+        sines.contiguous().data_ptr(),
+        vectors.shape[2] if len(cosines) > 1 else 0,
+    )
+
+
+def attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """What one query a sequence, (sequences, heads, size), finds in all keys and values.
+
+    These are (sequences, groups, length, size); so many heads in turn share a group's.
+    """
+    queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
+    outputs = torch.empty_like(queries)
+    _LIBRARY.attend(
+        queries.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        *queries.shape[:2],
+        *keys.shape[1:],
+        scale,
+        outputs.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return outputs
 
 
 def dequantize(
@@ -120,11 +253,11 @@ def dequantize(
     and end between two blocks.
     """
     _LIBRARY.dequantize(
-        ctypes.byref(_Product(*weight)),
-        ctypes.c_int64(first_row * weight.columns // weight.block),
-        ctypes.c_int64(out.numel() // weight.block),
+        weight,
+        first_row * weight.columns // weight.block,
+        out.numel() // weight.block,
         TYPES[out.dtype],
-        ctypes.c_void_p(out.data_ptr()),
+        out.data_ptr(),
         torch.get_num_threads(),
         using,
     )
@@ -141,18 +274,18 @@ def quantize(
     results. Raises ValueError, with their number, for weights that are NaN or infinite.
     """
     codes = torch.empty(weights.numel() // 2, 1, dtype=torch.uint8)
-    _LIBRARY.prefer_large_pages(ctypes.c_void_p(codes.data_ptr()), ctypes.c_int64(codes.nbytes))
+    _LIBRARY.prefer_large_pages(codes.data_ptr(), codes.nbytes)
     maxima = torch.empty(weights.numel() // block)
     thresholds, order = _thresholds(tuple(table.tolist()))
     unusable = _LIBRARY.quantize(
-        ctypes.c_void_p(weights.data_ptr()),
+        weights.data_ptr(),
         TYPES[weights.dtype],
-        ctypes.c_int64(weights.numel()),
+        weights.numel(),
         block,
-        ctypes.c_void_p(thresholds.data_ptr()),
-        ctypes.c_void_p(order.data_ptr()),
-        ctypes.c_void_p(codes.data_ptr()),
-        ctypes.c_void_p(maxima.data_ptr()),
+        thresholds.data_ptr(),
+        order.data_ptr(),
+        codes.data_ptr(),
+        maxima.data_ptr(),
         torch.get_num_threads(),
     )
     refuse(unusable, weights)
@@ -168,11 +301,11 @@ def quantize_rows(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(weights.shape, dtype=torch.int8)
     maxima = torch.empty(len(weights))
     unusable = _LIBRARY.quantize_rows(
-        ctypes.c_void_p(weights.data_ptr()),
+        weights.data_ptr(),
         TYPES[weights.dtype],
-        *map(ctypes.c_int64, weights.shape),
-        ctypes.c_void_p(codes.data_ptr()),
-        ctypes.c_void_p(maxima.data_ptr()),
+        *weights.shape,
+        codes.data_ptr(),
+        maxima.data_ptr(),
         torch.get_num_threads(),
     )
     refuse(unusable, weights)
@@ -192,7 +325,3 @@ def _thresholds(table: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     order = values.argsort()
     midpoints = (values[order[:-1]] + values[order[1:]]) / 2
     return midpoints, order.to(torch.uint8)
-
-
-if _LIBRARY is not None:
-    _LIBRARY.quantize.restype = _LIBRARY.quantize_rows.restype = ctypes.c_int64

@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # The lowest floor first. A module may import what stands below it, or before it on its own floor.
 FLOORS = """
-__init__ claims codebooks kernels readahead moe meter languages anatomy targets speeds
+__init__ claims codebooks kernels readahead moe decoding meter languages anatomy targets speeds
 formats flips offload speculative
 outliers calibrated recipes budget ledger planner allocation
 experts checkpoints standin evaluate damage shaker engines export sweeps

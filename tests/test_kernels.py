@@ -1,5 +1,6 @@
 """The compiled kernels against bitsandbytes, and against exact products."""
 
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Int8Params
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, apply_rotary_pos_emb
 
 from labutils import kernels
 from labutils.kernels import GROUP, INSTRUCTIONS, Instructions
@@ -155,8 +157,7 @@ def products(weight: torch.Tensor, tokens: int, format="nf4", block=64, double_q
     """A product, what it is exactly, and the sum of the magnitudes of its terms."""
     codes, state = stored(weight, format, block, double_quant)
     x = drawn(tokens, weight.shape[1], seed=1).to(torch.bfloat16)
-    y = torch.full((tokens, len(weight)), torch.nan, dtype=torch.bfloat16)
-    kernels.multiply([kernels.weight(codes, state)], [tokens], x, y, using)
+    (y,) = kernels.multiply([kernels.weight(codes, state)], x, using)
     state.dtype = torch.float32
     values = bnb_functional.dequantize_4bit(codes, state).double().T
     return y.double(), x.double() @ values, x.double().abs() @ values.abs()
@@ -166,7 +167,7 @@ def products(weight: torch.Tensor, tokens: int, format="nf4", block=64, double_q
 @given(
     tokens=st.integers(1, 9),
     rows=st.integers(1, 41),
-    blocks=st.integers(1, 5),
+    blocks=st.sampled_from((1, 2, 3, 5, 17, 35)),
     block=st.sampled_from((64, 128, 256)),
     format=FORMATS,
     double_quant=st.booleans(),
@@ -188,24 +189,144 @@ def test_a_large_product_errs_no_more_than_the_16_bits_of_weights_and_outputs(us
 
 @pytest.mark.parametrize("using", HERE, ids=lambda level: level.label)
 def test_products_together_are_those_apart_whatever_the_threads(using):
-    kept = [stored(drawn(48, 128, seed=seed), "nf4", 64, True) for seed in range(3)]
-    weights, tokens = [kernels.weight(*each) for each in kept], (1, 5, 2)
-    x = drawn(sum(tokens), 128, seed=9).to(torch.bfloat16)
+    kept = [stored(drawn(rows, 1024), "nf4", 64, True) for rows in (700, 3, 64)]
+    weights = [kernels.weight(*each) for each in kept]
+    x = drawn(5, 1024, seed=9).to(torch.bfloat16)
+    with computing_threads(1):
+        apart = [kernels.multiply([weight], x, using)[0] for weight in weights]
+    for threads in (2, 3):
+        with computing_threads(threads):
+            together = kernels.multiply(weights, x, using)
+        assert all(torch.equal(*both) for both in zip(apart, together, strict=True))
 
-    def computed(threads: int, together: bool) -> torch.Tensor:
-        y = x.new_empty(len(x), 48)
-        calls = [slice(0, 3)] if together else [slice(0, 1), slice(1, 2), slice(2, 3)]
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        for call in calls:
-            rows = slice(sum(tokens[: call.start]), sum(tokens[: call.stop]))
-            kernels.multiply(weights[call], tokens[call], x[rows], y[rows], using)
-        torch.set_num_threads(before)
-        return y
 
-    apart = computed(1, together=False)
-    assert torch.equal(apart, computed(2, together=True))
-    assert torch.equal(apart, computed(3, together=True))
+@contextmanager
+def computing_threads(threads: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    experts=st.integers(1, 6),
+    top_k=st.integers(1, 3),
+    threads=st.integers(1, 3),
+    using=st.sampled_from(HERE),
+    seed=st.integers(0, 9),
+)
+def test_experts_mixed_are_their_products_in_turn(tokens, experts, top_k, threads, using, seed):
+    """Each matrix by itself, torch's SiLU and sums between; the results differ by a last place."""
+    hidden, ffn = 128, 192
+    top_k = min(top_k, experts)
+    kept = [
+        [stored(drawn(*shape, seed=3 * number + place), "nf4", 64, True) for place, shape in shapes]
+        for number in range(experts)
+        for shapes in [enumerate([(ffn, hidden), (ffn, hidden), (hidden, ffn)])]
+    ]
+    matrices = [[kernels.weight(*each) for each in expert] for expert in kept]
+    x = drawn(tokens, hidden, seed=seed).to(torch.bfloat16)
+    odds = drawn(tokens, experts, seed=seed + 1).softmax(-1)
+    weights, chosen = odds.topk(top_k, dim=-1)
+    used = {
+        number: kernels.Expert(*matrices[number])
+        for number in sorted(set(chosen.flatten().tolist()))
+    }
+    with computing_threads(threads):
+        mixed = kernels.mix(used, chosen.flatten().tolist(), weights, x, using)
+
+    expected = torch.zeros_like(x)
+    for number in used:
+        token, place = (chosen == number).nonzero(as_tuple=True)
+        gate, up, down = matrices[number]
+        gates, ups = kernels.multiply([gate, up], x[token], using)
+        (part,) = kernels.multiply([down], torch.nn.functional.silu(gates) * ups, using)
+        part = part * weights[token, place, None]
+        expected.index_add_(0, token, part.to(torch.bfloat16))
+    assert (mixed - expected).norm() <= 0.002 * expected.norm()
+
+
+# ----------------------------------------------------------------------------- between the matrices
+
+
+@pytest.mark.parametrize("using", HERE, ids=lambda level: level.label)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("columns", [1, 17, 128, 1000])
+def test_a_matrix_in_16_bits(columns, tokens, using):
+    weight, x = (drawn(rows, columns).to(torch.bfloat16) for rows in (70, tokens))
+    y = kernels.multiply_16bit(weight, x, using)
+    exact = x.double() @ weight.double().T
+    magnitude = x.double().abs() @ weight.double().abs().T
+    assert ((y.double() - exact).abs() <= exact.abs() / 2**8 + magnitude / 2**18).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 7, 33), (3, 2048)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_the_norm_is_that_of_mixtral(shape, scale):
+    norm = MixtralRMSNorm(shape[-1], eps=1e-5).to(torch.bfloat16)
+    norm.weight.data = drawn(shape[-1], seed=1).to(torch.bfloat16)
+    x = drawn(*shape).mul(scale).to(torch.bfloat16)
+    with torch.no_grad():
+        found, expected = kernels.norm(x, norm.weight, 1e-5).float(), norm(x).float()
+    assert ((found - expected).abs() <= expected.abs() / 2**7).all()
+    assert (found != expected).float().mean() < 0.01
+
+
+def test_the_norm_of_zeros_is_zero():
+    zeros = torch.zeros(2, 64, dtype=torch.bfloat16)
+    assert torch.equal(kernels.norm(zeros, zeros[0] + 1, 1e-5), zeros)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_vectors_turn_as_transformers_turns_them(positions):
+    vectors = drawn(3, 4, 64).to(torch.bfloat16)
+    angles = drawn(positions, 1, 64, seed=1)
+    cosines, sines = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+    expected, _ = apply_rotary_pos_emb(vectors.unsqueeze(2), vectors.unsqueeze(2), cosines, sines)
+    kernels.rotate(vectors, cosines, sines)
+    assert torch.equal(vectors, expected.squeeze(2))
+
+
+@settings(deadline=None)
+@given(
+    sequences=st.integers(1, 3),
+    groups=st.sampled_from((1, 2, 4)),
+    shared=st.sampled_from((1, 2, 3)),
+    length=st.sampled_from((1, 2, 31, 600)),
+    size=st.sampled_from((8, 32, 80)),
+)
+def test_attention_is_that_of_torch(sequences, groups, shared, length, size):
+    queries = drawn(sequences, groups * shared, size).to(torch.bfloat16)
+    keys, values = (
+        drawn(sequences, groups, length, size, seed=seed).to(torch.bfloat16) for seed in (1, 2)
+    )
+    found = kernels.attend(queries, keys, values, size**-0.5)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        queries.unsqueeze(2).double(), keys.double(), values.double(), enable_gqa=True
+    ).squeeze(2)
+    assert ((found.double() - exact).abs() <= exact.abs() / 2**8 + 1e-5).all()
+
+
+def test_attention_holds_with_large_scores():
+    keys = torch.tensor([[[[300.0], [299.0]]]], dtype=torch.bfloat16)
+    queries = torch.full((1, 1, 1), 200.0, dtype=torch.bfloat16)
+    assert kernels.attend(queries, keys, keys, 1.0).item() == 300
+
+
+def test_what_is_taken():
+    x = torch.ones(2, dtype=torch.bfloat16)
+    assert kernels.take(x, x)
+    assert not kernels.take(x, x.float())
+    assert not kernels.take(x.to("meta"))
+    parameter = torch.nn.Parameter(x)
+    assert not kernels.take(parameter)
+    with torch.no_grad():
+        assert kernels.take(parameter)
+
+
+# ------------------------------------------------------------------------------------- the library
 
 
 def test_a_library_that_does_not_load_is_as_none(tmp_path):
