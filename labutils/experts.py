@@ -215,8 +215,9 @@ def fused_tokens() -> int:
     """Up to how many tokens this machine multiplies faster straight from 4-bit codes.
 
     Both ways are timed, once in a process, on a matrix of two million weights. The answer is one of
-    a few, each four times the last, and the codes must win clearly, so that a machine comes to the
-    same answer every time.
+    a few, each four times the last, and the codes must win clearly, so that a quiet machine comes
+    to the same answer every time. A busy one may come to another, which moves the pace and the last
+    bits of results.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2048, 1024, generator=generator, dtype=torch.bfloat16)

@@ -2,7 +2,8 @@
 //
 // The layout is the one that bitsandbytes stores, so nothing is packed anew: two codes to a byte, the
 // left of two neighbours in the high half, and a maximum per block of `block` weights. Where the
-// maxima are themselves in 8 bits (double quantization), they are decoded on the way, row by row.
+// maxima are themselves in 8 bits (double quantization), they are decoded on the way, some rows at a
+// time.
 //
 // A product of few tokens is limited by how fast memory delivers the codes. So each byte is read
 // once: a row's codes become values through a table of 16 that lies in one register, are multiplied
@@ -10,7 +11,7 @@
 // read one after the other, a stream that memory delivers fastest; only where tokens are many do two
 // rows go side by side, to read each input once for both.
 //
-// labutils/kernels.py says what each function takes, and falls back where this is not compiled.
+// labutils/kernels.py says what each function takes, labutils/experts.py what is done without them.
 // OpenMP's symbols are not linked: they are those that torch has loaded, or there would be two pools
 // of threads, each waiting for work on the cores of the other.
 
@@ -19,9 +20,9 @@
 #include <cstring>
 #include <vector>
 
+#define INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define INLINE inline __attribute__((always_inline))
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define AVX512_VBMI __attribute__((target("avx512f,avx512bw,avx512vbmi")))
@@ -87,7 +88,8 @@ struct Product {
 int instructions() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"))
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return WITH_AVX512_BF16;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return WITH_AVX2;
 #endif
@@ -299,14 +301,15 @@ AVX512_VBMI void find_nested_maxima_vbmi(const Weight& weight, int64_t first, in
 #endif
 
 // `count` maxima from the one numbered `first` on.
-void find_maxima(const Weight& weight, int64_t first, int64_t count, float* out) {
+void find_maxima(const Weight& weight, int64_t first, int64_t count, int level, float* out) {
     if (!weight.nested) {
         std::copy_n(weight.maxima + first, count, out);
         return;
     }
 #if defined(__x86_64__)
-    static const bool vbmi = instructions() == WITH_AVX512_BF16 && __builtin_cpu_supports("avx512vbmi");
-    if (vbmi) return find_nested_maxima_vbmi(weight, first, count, out);
+    static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
+    if (vbmi && level == WITH_AVX512_BF16)
+        return find_nested_maxima_vbmi(weight, first, count, out);
 #endif
     find_nested_maxima(weight, first, count, out);
 }
@@ -370,7 +373,7 @@ extern "C" void dequantize(const Weight* weight, int64_t first, int64_t count, i
     for (int64_t from = 0; from < count; from += TOGETHER) {
         const int64_t to = std::min(from + TOGETHER, count);
         float maxima[TOGETHER];
-        find_maxima(*weight, first + from, to - from, maxima);
+        find_maxima(*weight, first + from, to - from, level, maxima);
         for (int64_t number = from; number < to; number++) {
             const uint8_t* codes = weight->codes + (first + number) * block / 2;
             const float maximum = maxima[number - from];
@@ -440,30 +443,31 @@ struct Task {
     }
 };
 
-// Rows of a processor that sums up a row with `dot`.
-template <class Processor, int T>
-void rows_by_dot(const Task<Processor>& task, int64_t token) {
-    float sums[T];
-    for (int64_t row = task.first_row; row < task.last_row; row++) {
-        Processor::template dot<T>(task, row, token, sums);
-        for (int t = 0; t < T; t++) task.put(row, token + t, sums[t]);
-    }
-}
-
-struct Portable {
+// A processor that sums up one row after the other with its `dot`.
+template <class Processor>
+struct RowByRow {
     using Input = float;
     static constexpr int GROUP = ::GROUP, SHARED = 2;
 
     template <int R, int T>
-    static void rows(const Task<Portable>& task, int64_t token) {
-        rows_by_dot<Portable, T>(task, token);
+    static void rows(const Task<Processor>& task, int64_t token) {
+        const Weight& weight = task.product.weight;
+        float sums[T];
+        for (int64_t row = task.first_row; row < task.last_row; row++) {
+            const uint8_t* codes = weight.codes + row * weight.columns / 2;
+            Processor::template dot<T>(task, codes, task.maxima_of(row), token, sums);
+            for (int t = 0; t < T; t++) task.put(row, token + t, sums[t]);
+        }
     }
+};
+
+struct Portable : RowByRow<Portable> {
+    static constexpr int LEVEL = PORTABLE;
 
     template <int T>
-    static void dot(const Task<Portable>& task, int64_t row, int64_t token, float* out) {
+    static void dot(const Task<Portable>& task, const uint8_t* codes, const float* maxima,
+                    int64_t token, float* out) {
         const Weight& weight = task.product.weight;
-        const float* maxima = task.maxima_of(row);
-        const uint8_t* codes = weight.codes + row * weight.columns / 2;
         std::fill_n(out, T, 0.0f);
         for (int64_t first = 0; first < weight.columns; first += weight.block) {
             float sums[T] = {};
@@ -484,14 +488,8 @@ struct Portable {
 
 #if defined(__x86_64__)
 
-struct Avx2 {
-    using Input = float;
-    static constexpr int GROUP = ::GROUP, SHARED = 2;
-
-    template <int R, int T>
-    static void rows(const Task<Avx2>& task, int64_t token) {
-        rows_by_dot<Avx2, T>(task, token);
-    }
+struct Avx2 : RowByRow<Avx2> {
+    static constexpr int LEVEL = WITH_AVX2;
 
     AVX2 static __m256 lookup(__m256i codes, __m256 lower, __m256 upper) {
         const __m256 in_upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
@@ -506,10 +504,9 @@ struct Avx2 {
     }
 
     template <int T>
-    AVX2 static void dot(const Task<Avx2>& task, int64_t row, int64_t token, float* out) {
+    AVX2 static void dot(const Task<Avx2>& task, const uint8_t* codes, const float* maxima,
+                         int64_t token, float* out) {
         const Weight& weight = task.product.weight;
-        const float* maxima = task.maxima_of(row);
-        const uint8_t* codes = weight.codes + row * weight.columns / 2;
         const __m256 lower = _mm256_loadu_ps(weight.table);
         const __m256 upper = _mm256_loadu_ps(weight.table + 8);
         __m256 totals[T];
@@ -539,6 +536,7 @@ struct Avx2 {
 
 struct Avx512Bf16 {
     using Input = uint16_t;
+    static constexpr int LEVEL = WITH_AVX512_BF16;
     static constexpr int GROUP = 128, SHARED = 4;
     static constexpr int SHIFTS[SHARED] = {4, 0, 12, 8};  // of a word's four codes
 
@@ -678,7 +676,7 @@ void multiply_all(const Product* products, int count, int threads) {
             task.maxima = weight.maxima + first;
             if (weight.nested) {
                 maxima.resize(last - first);
-                find_maxima(weight, first, last - first, maxima.data());
+                find_maxima(weight, first, last - first, Processor::LEVEL, maxima.data());
                 task.maxima = maxima.data();
             }
             if (task.product.tokens < TOKENS)
@@ -688,10 +686,6 @@ void multiply_all(const Product* products, int count, int threads) {
         }
     }
 }
-
-}  // namespace
-
-namespace {
 
 void multiply_products(const Product* products, int count, int threads, int level) {
 #if defined(__x86_64__)
@@ -722,7 +716,7 @@ namespace {
 constexpr int LANES = 16;
 constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications
 
-inline __attribute__((always_inline)) float dot(const uint16_t* a, const uint16_t* b, int64_t size) {
+INLINE float dot(const uint16_t* a, const uint16_t* b, int64_t size) {
     float sums[LANES] = {}, sum = 0;
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES)
@@ -734,7 +728,7 @@ inline __attribute__((always_inline)) float dot(const uint16_t* a, const uint16_
 }
 
 // Within three units in the last place: 2**n times the Taylor series of the rest, |rest| <= ln(2)/2.
-inline __attribute__((always_inline)) float exponential(float x) {
+INLINE float exponential(float x) {
     x = std::min(std::max(x, -87.0f), 88.0f);
     const float n = (x * 0x1.715476p0f + 0x1.8p23f) - 0x1.8p23f;
     const float rest = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;

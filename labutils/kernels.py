@@ -1,8 +1,11 @@
 """Matrices of 4-bit codes on a CPU: quantized, dequantized, and multiplied without dequantizing.
 
+Beside them, for `decoding`, the small steps between a layer's matrices.
+
 The work is done by `kernels.cpp`, which the set-up compiles where there is a C++ compiler;
 `INSTRUCTIONS` says what it uses of this processor, and is None where it was not compiled. Then the
-functions here must not be called, and `experts` has bitsandbytes do the same, more slowly.
+functions here must not be called: `experts` has bitsandbytes do the same, more slowly, and
+`decoding` leaves transformers its own way.
 
 Codes and maxima are those of bitsandbytes, byte for byte and in its layout. Nothing is packed anew
 and nothing is kept beside them: a product decodes what is stored, double quantization included.
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-GROUP = 64  # columns that a product takes at a time
+GROUP = 64  # what a block must be a multiple of
 CHUNK = 4096  # weights that a thread quantizes at a time, and the largest block
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -115,7 +118,7 @@ def multiply(
 ) -> list[torch.Tensor]:
     """`inputs` (tokens, columns) times each of several matrices: (tokens, rows), all in bfloat16.
 
-    Columns must be a multiple of the block, and the block of 64.
+    Columns must be a multiple of the block, and the block 64 times a power of two.
     """
     inputs, rows = inputs.contiguous(), [weight.rows for weight in weights]
     outputs = inputs.new_empty(len(inputs) * sum(rows))
@@ -210,11 +213,12 @@ def rotate(vectors: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) ->
 
     `cosines` and `sines` are (sequences, 1, size), or (1, 1, size) for all.
     """
+    cosines, sines = cosines.contiguous(), sines.contiguous()
     _LIBRARY.rotate(
         vectors.data_ptr(),
         *vectors.shape,
-        cosines.contiguous().data_ptr(),
-        sines.contiguous().data_ptr(),
+        cosines.data_ptr(),
+        sines.data_ptr(),
         vectors.shape[2] if len(cosines) > 1 else 0,
     )
 
