@@ -50,7 +50,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import kernels
 from .anatomy import part_of
 from .budget import parts_of
-from .decoding import quicken
+from .decoding import is_looked_at, quicken
 from .formats import FORMATS, NESTED_BLOCK, stored_bytes
 from .meter import mark
 from .recipes import Recipe, check_overrides
@@ -123,7 +123,7 @@ class Linear4bit(bnb.nn.Linear4bit):
             device="meta",
         )
         self.weight.blocksize = block_size
-        self._found = NOWHERE
+        self.place = NOWHERE
         self.requires_grad_(False)
 
     def quantized(self, weight: torch.Tensor) -> bnb.nn.Params4bit:
@@ -155,21 +155,21 @@ class Linear4bit(bnb.nn.Linear4bit):
     def stored(self) -> kernels.Weight | None:
         """Where the kernels find the weight; None where there are none that can use it."""
         weight = self._parameters["weight"]
-        if self._found[0] is not weight:
+        if self.place[0] is not weight:
             block = weight.blocksize
             usable = block % kernels.GROUP == 0 and self.in_features % block == 0
             if not (_has_kernels(weight) and usable):
                 return None
-            self._found = weight, kernels.weight(weight, weight.quant_state)
-        return self._found[1]
+            self.place = weight, kernels.weight(weight, weight.quant_state)
+        return self.place[1]
 
     def _apply(self, fn, recurse=True):
-        self._found = NOWHERE
+        self.place = NOWHERE
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
         """What is copied and pickled: not the addresses."""
-        return self.__dict__ | {"_found": NOWHERE}
+        return self.__dict__ | {"place": NOWHERE}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
@@ -383,7 +383,7 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(hidden, ffn, bias=False, device="meta", dtype=dtype)
         self.down_proj = nn.Linear(ffn, hidden, bias=False, device="meta", dtype=dtype)
         self.act_fn = act_fn
-        self._found = NOWHERE
+        self.place = NOWHERE
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -394,16 +394,18 @@ class Expert(nn.Module):
 
     @property
     def stored(self) -> kernels.Expert | None:
-        """Where the kernels find the matrices; None where they cannot use them."""
+        """Where the kernels find the matrices; None where they cannot use them or nobody may skip
+        the modules, because somebody looks on."""
         parts = tuple(getattr(linear, "stored", None) for linear in self.linears)
-        if None in parts or not isinstance(self.act_fn, SILU):
+        looked_at = any(map(is_looked_at, (self, *self.linears)))
+        if None in parts or looked_at or not isinstance(self.act_fn, SILU):
             return None
-        if parts != self._found[0]:
-            self._found = parts, kernels.Expert(*parts)
-        return self._found[1]
+        if parts != self.place[0]:
+            self.place = parts, kernels.Expert(*parts)
+        return self.place[1]
 
     def __getstate__(self):
-        return self.__dict__ | {"_found": NOWHERE}
+        return self.__dict__ | {"place": NOWHERE}
 
 
 class Experts(nn.ModuleList):

@@ -265,11 +265,14 @@ AVX512_VBMI void find_nested_maxima_vbmi(const Weight& weight, int64_t first, in
     uint8_t places[64];  // of which four neighbours come to lie in each of four lanes
     for (int i = 0; i < 64; i++) places[i] = i % 16 / 4 * 16 + i / 16 * 4 + i % 4;
     const __m512i order = _mm512_loadu_si512(places);
-    for (const int64_t last = first + count; first < last; first += 64, out += 64) {
+    const int64_t last = first + count;
+    while (first < last) {
         _mm_prefetch(weight.nested + first + count, _MM_HINT_T0);  // for the next task
-        const int64_t left = std::min<int64_t>(64, last - first);
-        const __m512i codes = _mm512_permutexvar_epi8(
-            order, _mm512_maskz_loadu_epi8(~0ull >> (64 - left), weight.nested + first));
+        const int64_t same = NESTED_BLOCK - first % NESTED_BLOCK;
+        const int64_t at_once = std::min({int64_t(64), last - first, same});
+        const __mmask64 there = ~0ull >> (64 - at_once);
+        const __m512i codes =
+            _mm512_permutexvar_epi8(order, _mm512_maskz_loadu_epi8(there, weight.nested + first));
         const __mmask64 upper = _mm512_movepi8_mask(codes);
         __m512i bytes[4];
         for (int b = 0; b < 4; b++) {
@@ -282,19 +285,17 @@ AVX512_VBMI void find_nested_maxima_vbmi(const Weight& weight, int64_t first, in
                                          _mm512_unpackhi_epi8(bytes[0], bytes[1])};
         const __m512i upper_halves[2] = {_mm512_unpacklo_epi8(bytes[2], bytes[3]),
                                          _mm512_unpackhi_epi8(bytes[2], bytes[3])};
-        for (int q = 0; q < 4 && 16 * q < left; q++) {
+        const __m512 scale = _mm512_set1_ps(weight.maxima[first / NESTED_BLOCK]);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; q++) {
             const __m512i lower = lower_halves[q / 2], upper = upper_halves[q / 2];
             const __m512 found = _mm512_castsi512_ps(q % 2 ? _mm512_unpackhi_epi16(lower, upper)
                                                            : _mm512_unpacklo_epi16(lower, upper));
-            const int64_t number = first + 16 * q, wanted = std::min<int64_t>(16, left - 16 * q);
-            const int64_t same = NESTED_BLOCK - number % NESTED_BLOCK;
-            const float* scales = weight.maxima + number / NESTED_BLOCK;
-            __m512 scale = _mm512_set1_ps(scales[0]);
-            if (same < wanted)
-                scale = _mm512_mask_mov_ps(_mm512_set1_ps(scales[1]), (1 << same) - 1, scale);
-            _mm512_mask_storeu_ps(out + 16 * q, (1 << wanted) - 1,
+            _mm512_mask_storeu_ps(out + 16 * q, there >> 16 * q,
                                   _mm512_add_ps(_mm512_mul_ps(found, scale), offset));
         }
+        first += at_once;
+        out += at_once;
     }
 }
 
@@ -409,12 +410,18 @@ struct Inputs {
 
     Inputs(const uint16_t* inputs, int64_t tokens, int64_t from_columns)
         : columns((from_columns + GROUP - 1) / GROUP * GROUP), values(tokens * columns) {
-        for (int64_t token = 0; token < tokens; token++)
-            for (int64_t i = 0; i < from_columns; i++) {
-                const int64_t group = i / GROUP * GROUP, lane = i % GROUP / Processor::SHARED;
-                values[token * columns + group + i % Processor::SHARED * LANES + lane] =
-                    converted(*inputs++);
-            }
+        const int64_t whole = from_columns / GROUP * GROUP;
+        Value* out = values.data();
+        for (int64_t token = 0; token < tokens; token++, inputs += from_columns, out += columns) {
+            for (int64_t group = 0; group < whole; group += GROUP)
+                for (int k = 0; k < Processor::SHARED; k++)
+                    for (int lane = 0; lane < LANES; lane++)
+                        out[group + k * LANES + lane] =
+                            converted(inputs[group + lane * Processor::SHARED + k]);
+            for (int64_t i = whole; i < from_columns; i++)
+                out[whole + i % Processor::SHARED * LANES + (i - whole) / Processor::SHARED] =
+                    converted(inputs[i]);
+        }
     }
 
     static Value converted(uint16_t value) {
@@ -579,8 +586,7 @@ struct Avx512Bf16 {
         constexpr int FOUR = 4;
         const Weight& weight = task.product.weight;
         const int64_t columns = weight.columns, row_blocks = columns / weight.block;
-        const __m128i to_block = _mm_cvtsi32_si128(__builtin_ctzll(weight.block * 2 / GROUP));
-        const __m512i two_halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        const int to_block = __builtin_ctzll(weight.block);
         uint16_t values[32];  // twice the table: of the five bits of a place the first is not ours
         for (int i = 0; i < 32; i++) values[i] = rounded(weight.table[i % 16]);
         const __m512i table = _mm512_loadu_si512(values);
@@ -588,6 +594,7 @@ struct Avx512Bf16 {
         for (int t = 0; t < T; t++) inputs[t] = task.inputs_of(token + t);
         for (int64_t first = task.first_row; first < task.last_row; first += FOUR) {
             __m512 totals[FOUR][T];
+#pragma GCC unroll 4
             for (int q = 0; q < FOUR; q += R) {
                 const uint8_t* codes[R];
                 const float* maxima[R];
@@ -596,32 +603,25 @@ struct Avx512Bf16 {
                 for (int r = 0; r < R; r++) {
                     const int64_t row = std::min(first + q + r, task.last_row - 1);
                     codes[r] = weight.codes + row * columns / 2;
-                    maxima[r] = task.maxima_of(row);
+                    maxima[r] = task.maxima + (row - task.first_row) * row_blocks;
                     for (auto& sum : sums[r]) sum = _mm512_setzero_ps();
                 }
-                for (int64_t block = 0; block < row_blocks; block += 16) {
-                    const __mmask16 wanted = (1 << std::min<int64_t>(16, row_blocks - block)) - 1;
-                    __m512 sixteen[R];
+                int64_t at = 0;
+                for (; at + GROUP <= columns; at += GROUP)
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++) {
+                        _mm_prefetch(codes[r] + at / 2 + PREFETCHED_BYTES, _MM_HINT_T1);
+                        const __m512 maximum = _mm512_mask_broadcastss_ps(
+                            _mm512_set1_ps(maxima[r][at >> to_block]), 0xff00,
+                            _mm_load_ss(maxima[r] + ((at + GROUP / 2) >> to_block)));
+                        add<T>(_mm512_loadu_si512(codes[r] + at / 2), table, maximum, inputs, at,
+                               sums[r]);
+                    }
+                if (at < columns)
 #pragma GCC unroll 4
                     for (int r = 0; r < R; r++)
-                        sixteen[r] = _mm512_maskz_loadu_ps(wanted, maxima[r] + block);
-                    __m512i half = two_halves;
-                    int64_t at = block * weight.block;
-                    const int64_t end = std::min(columns, at + 16 * weight.block);
-                    for (; at + GROUP <= end; at += GROUP) {
-                        const __m512i place = _mm512_srl_epi32(half, to_block);
-                        half = _mm512_add_epi32(half, _mm512_set1_epi32(2));
-#pragma GCC unroll 4
-                        for (int r = 0; r < R; r++) {
-                            _mm_prefetch(codes[r] + at / 2 + PREFETCHED_BYTES, _MM_HINT_T1);
-                            add<T>(_mm512_loadu_si512(codes[r] + at / 2), table,
-                                   _mm512_permutexvar_ps(place, sixteen[r]), inputs, at, sums[r]);
-                        }
-                    }
-                    for (int r = 0; at < end && r < R; r++)
                         add<T>(_mm512_maskz_loadu_epi64(0x0f, codes[r] + at / 2), table,
-                               _mm512_permutexvar_ps(half, sixteen[r]), inputs, at, sums[r]);
-                }
+                               _mm512_set1_ps(maxima[r][at >> to_block]), inputs, at, sums[r]);
                 for (int r = 0; r < R; r++)
                     for (int t = 0; t < T; t++) totals[q + r][t] = sums[r][t];
             }
@@ -733,7 +733,11 @@ INLINE float exponential(float x) {
     const float n = (x * 0x1.715476p0f + 0x1.8p23f) - 0x1.8p23f;
     const float rest = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
     float series = 1.0f / 720;
-    for (int divisor : {120, 24, 6, 2, 1, 1}) series = series * rest + 1.0f / divisor;
+    series = series * rest + 1.0f / 120;
+    series = series * rest + 1.0f / 24;
+    series = series * rest + 1.0f / 6;
+    series = series * rest + 1.0f / 2;
+    series = (series * rest + 1.0f) * rest + 1.0f;
     const int32_t bits = (int32_t(n) + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
@@ -868,20 +872,20 @@ extern "C" void rotate(uint16_t* x, int64_t sequences, int64_t heads, int64_t si
     }
 }
 
-// One query (sequences, heads, size) a sequence over keys and values (sequences, groups, length,
-// size), which heads share by groups.
+// One query (sequences, heads, size) a sequence over `length` keys and values (sequences, groups,
+// room, size), which heads share by groups.
 extern "C" void attend(const uint16_t* queries, const uint16_t* keys, const uint16_t* values,
                        int64_t sequences, int64_t heads, int64_t groups, int64_t length,
-                       int64_t size, float scale, uint16_t* out, int threads) {
+                       int64_t room, int64_t size, float scale, uint16_t* out, int threads) {
     const int64_t shared = heads / groups;
 #pragma omp parallel num_threads(threads) if (sequences * heads * length * size > WORTH_A_THREAD)
     {
-        std::vector<float> room(length + size);
+        std::vector<float> scores(length), sums(size);
 #pragma omp for
         for (int64_t head = 0; head < sequences * heads; head++) {
-            const int64_t place = head / shared * length * size;
+            const int64_t place = head / shared * room * size;
             attend_head(queries + head * size, keys + place, values + place, length, size, scale,
-                        room.data(), room.data() + length, out + head * size);
+                        scores.data(), sums.data(), out + head * size);
         }
     }
 }
@@ -922,5 +926,113 @@ extern "C" void mix(const Expert* const* experts, const int64_t* tokens, int cou
             const float part = widened(inputs[i * hidden + j]) * weights[pair_of[i]];
             sum[j] = rounded(widened(sum[j]) + widened(rounded(part)));
         }
+    }
+}
+
+// ------------------------------------------------------------------------ a token through layers
+
+namespace {
+
+void add_to(uint16_t* sums, const std::vector<uint16_t>& parts) {
+    for (size_t i = 0; i < parts.size(); i++) sums[i] = rounded(widened(sums[i]) + widened(parts[i]));
+}
+
+struct Chosen {
+    float weight;
+    int64_t expert;
+};
+
+// Softmax over all logits, the `top_k` largest, and these as parts of their sum; in order of experts.
+std::vector<Chosen> choose(const std::vector<uint16_t>& logits, int64_t top_k) {
+    std::vector<Chosen> odds;
+    float highest = -__builtin_inff(), total = 0;
+    for (uint16_t logit : logits) highest = std::max(highest, widened(logit));
+    for (uint16_t logit : logits)
+        odds.push_back({exponential(widened(logit) - highest), int64_t(odds.size())});
+    // As torch does it, for the same choice where odds are equal.
+    std::nth_element(odds.begin(), odds.begin() + top_k - 1, odds.end(),
+                     [](const Chosen& a, const Chosen& b) { return a.weight > b.weight; });
+    odds.resize(top_k);
+    for (const Chosen& each : odds) total += each.weight;
+    for (Chosen& each : odds) each.weight /= total;
+    std::sort(odds.begin(), odds.end(),
+              [](const Chosen& a, const Chosen& b) { return a.expert < b.expert; });
+    return odds;
+}
+
+}  // namespace
+
+struct Layer {
+    const uint16_t *first_norm, *second_norm, *router;  // in bfloat16
+    const Expert* experts;
+    int64_t expert_count, top_k;
+    Weight query, key, value, output;
+    int64_t hidden, heads, groups, size;
+    float epsilon, scale;
+};
+
+// Keys and values (groups, room, size) of `length` tokens, and room for more.
+struct Past {
+    uint16_t *keys, *values;
+    int64_t length, room;
+};
+
+namespace {
+
+// What attention adds to a token's state; its key and value join the past.
+std::vector<uint16_t> attended(const Layer& layer, const Past& past, const uint16_t* x,
+                               const uint16_t* cosines, const uint16_t* sines, int threads,
+                               int level) {
+    const int64_t hidden = layer.hidden, size = layer.size, groups = layer.groups;
+    std::vector<uint16_t> normed(hidden), queries(layer.heads * size), keys(groups * size),
+        values(groups * size), found(queries.size()), answer(hidden);
+    norm_row(x, layer.first_norm, layer.epsilon, hidden, normed.data());
+    const Product projections[] = {{layer.query, normed.data(), queries.data(), 1},
+                                   {layer.key, normed.data(), keys.data(), 1},
+                                   {layer.value, normed.data(), values.data(), 1}};
+    multiply_products(projections, 3, threads, level);
+    rotate(queries.data(), 1, layer.heads, size, cosines, sines, 0);
+    rotate(keys.data(), 1, groups, size, cosines, sines, 0);
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t place = (group * past.room + past.length) * size;
+        std::copy_n(keys.data() + group * size, size, past.keys + place);
+        std::copy_n(values.data() + group * size, size, past.values + place);
+    }
+    attend(queries.data(), past.keys, past.values, 1, layer.heads, groups, past.length + 1,
+           past.room, size, layer.scale, found.data(), threads);
+    const Product output{layer.output, found.data(), answer.data(), 1};
+    multiply_products(&output, 1, threads, level);
+    return answer;
+}
+
+// What the chosen experts add.
+std::vector<uint16_t> mixed(const Layer& layer, const uint16_t* x, int threads, int level) {
+    std::vector<uint16_t> normed(layer.hidden), logits(layer.expert_count), answer(layer.hidden);
+    norm_row(x, layer.second_norm, layer.epsilon, layer.hidden, normed.data());
+    multiply_rows_16bit({layer.router, layer.expert_count, layer.hidden, normed.data(), 1,
+                         logits.data(), 0, layer.expert_count},
+                        level);
+    std::vector<const Expert*> experts;
+    std::vector<float> weights;
+    std::vector<int64_t> pairs;
+    for (const Chosen& chosen : choose(logits, layer.top_k)) {
+        experts.push_back(layer.experts + chosen.expert);
+        weights.push_back(chosen.weight);
+        pairs.push_back(pairs.size());
+    }
+    const std::vector<int64_t> one_token(pairs.size(), 1);
+    mix(experts.data(), one_token.data(), experts.size(), pairs.data(), pairs.size(), layer.top_k,
+        weights.data(), normed.data(), answer.data(), threads, level);
+    return answer;
+}
+
+}  // namespace
+
+// One token's state `x` (hidden) through layers of Mixtral, in place.
+extern "C" void decode(const Layer* layers, const Past* pasts, int count, uint16_t* x,
+                       const uint16_t* cosines, const uint16_t* sines, int threads, int level) {
+    for (int i = 0; i < count; i++) {
+        add_to(x, attended(layers[i], pasts[i], x, cosines, sines, threads, level));
+        add_to(x, mixed(layers[i], x, threads, level));
     }
 }

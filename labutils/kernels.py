@@ -54,6 +54,26 @@ class Expert(ctypes.Structure):
     _fields_ = (("gate", Weight), ("up", Weight), ("down", Weight))
 
 
+class Layer(ctypes.Structure):
+    """A layer of Mixtral: norms and router in bfloat16, matrices in 4 bits, and its sizes."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("first_norm", "second_norm", "router")),
+        ("experts", ctypes.POINTER(Expert)),
+        *((name, ctypes.c_int64) for name in ("expert_count", "top_k")),
+        *((name, Weight) for name in ("query", "key", "value", "output")),
+        *((name, ctypes.c_int64) for name in ("hidden", "heads", "groups", "size")),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
+    )
+
+
+class _Past(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("length", "room")),
+    )
+
+
 # Of each function, its parameters: address, matrix, whole numbers of 64 and 32 bits, real number.
 _TYPES = {
     "p": ctypes.c_void_p,
@@ -72,7 +92,8 @@ _SIGNATURES = {
     "multiply_16bit": "pllplpii",
     "norm": "ppfllpi",
     "rotate": "plllppl",
-    "attend": "ppplllllfpi",
+    "attend": "pppllllllfpi",
+    "decode": "ppipppii",
 }
 
 
@@ -237,12 +258,42 @@ def attend(
         keys.data_ptr(),
         values.data_ptr(),
         *queries.shape[:2],
-        *keys.shape[1:],
+        *keys.shape[1:3],
+        *keys.shape[2:],
         scale,
         outputs.data_ptr(),
         torch.get_num_threads(),
     )
     return outputs
+
+
+def decode(
+    layers: Sequence[Layer],
+    x: torch.Tensor,
+    pasts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    length: int,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    using: Instructions | None = INSTRUCTIONS,
+) -> torch.Tensor:
+    """What layers, one after the other, make of the state `x` (1, 1, hidden) of one token.
+
+    Contiguous keys and values, (1, groups, room, size) of each layer, hold those of `length` tokens
+    and get this token's behind them. `cosines` and `sines` are (1, 1, size).
+    """
+    x, count = x.clone(), len(layers)
+    places = [(keys.data_ptr(), values.data_ptr(), length, keys.shape[2]) for keys, values in pasts]
+    _LIBRARY.decode(
+        (Layer * count)(*layers),
+        (_Past * count)(*places),
+        count,
+        x.data_ptr(),
+        cosines.contiguous().data_ptr(),
+        sines.contiguous().data_ptr(),
+        torch.get_num_threads(),
+        using,
+    )
+    return x
 
 
 def dequantize(

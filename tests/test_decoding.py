@@ -1,6 +1,7 @@
 """A quickened model beside itself as transformers computes it."""
 
-from copy import deepcopy
+from contextlib import contextmanager
+from copy import copy, deepcopy
 
 import pytest
 import torch
@@ -136,6 +137,216 @@ def test_a_hook_on_a_projection_is_called(tmp_path):
     assert seen == [3, 1, 1, 1]
 
 
+# --------------------------------------------------------------------------- all layers in one call
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> MixtralForCausalLM:
+    """A random Mixtral with attention and experts in NF4."""
+    folder = tmp_path_factory.mktemp("stored")
+    write_any(folder, mixtral_config(), seed=0)
+    return load(folder, Recipe(attention="nf4"), device_map="cpu")
+
+
+@contextmanager
+def looked_at(model):
+    """A hook, so that the layers are computed module by module."""
+    hook = model.model.layers[0].mlp.gate.register_forward_hook(lambda *call: None)
+    yield
+    hook.remove()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The length of the past at each call."""
+    lengths, decode = [], kernels.decode
+
+    def counted(layers, x, pasts, length, *rest):
+        lengths.append(length)
+        return decode(layers, x, pasts, length, *rest)
+
+    monkeypatch.setattr(kernels, "decode", counted)
+    return lengths
+
+
+@pytest.mark.parametrize("prompt", [1, 20, 70])
+def test_layers_in_one_call_are_their_modules_in_turn(stored, prompt, calls):
+    """Beyond the first room too, which is for 66, 104 and 204 tokens."""
+    tokens = some_tokens(1, prompt + 150)
+    together = decoded(stored, tokens, prompt)
+    assert len(calls) == 150
+    with looked_at(stored):
+        apart = decoded(stored, tokens, prompt)
+    assert len(calls) == 150
+    errors = token_errors(apart, together)
+    assert errors.median() < 0.01
+    assert (errors > 0.05).float().mean() <= 0.05  # sent to another expert, and those after it
+
+
+def test_a_cropped_past_goes_on(stored):
+    tokens = some_tokens(1, 30)
+    cache = DynamicCache(config=stored.config)
+    with torch.no_grad():
+        stored(tokens[:, :10], past_key_values=cache)
+        for place in range(10, 20):
+            stored(tokens[:, place : place + 1], past_key_values=cache)
+        cache.crop(-8)
+        again = stored(tokens[:, 12:13], past_key_values=cache).logits.float()
+    assert cache.get_seq_length() == 13
+    assert token_errors(decoded(stored, tokens[:, :13], 10)[:, -1:], again).max() < 1e-6
+
+
+@pytest.mark.parametrize("duplicate", [deepcopy, copy])
+def test_copies_of_a_past_go_different_ways(stored, duplicate, calls):
+    tokens = some_tokens(3, 12)
+    tokens[:, :8] = tokens[0, :8]
+    cache = DynamicCache(config=stored.config)
+    with torch.no_grad():
+        stored(tokens[:1, :7], past_key_values=cache)
+        stored(tokens[:1, 7:8], past_key_values=cache)
+        caches = [cache, *(duplicate(cache) for _ in range(2))]
+        for each in caches[1:]:
+            each.layers = [duplicate(layer) for layer in each.layers]
+        for place in range(8, 12):
+            steps = [
+                stored(tokens[i : i + 1, place : place + 1], past_key_values=each).logits.float()
+                for i, each in enumerate(caches)
+            ]
+    assert calls
+    for i, step in enumerate(steps):
+        assert token_errors(decoded(stored, tokens[i : i + 1], 7)[:, -1:], step).max() < 1e-6
+
+
+def test_beams_and_samples_are_generated(stored):
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "num_beams": 3}
+    together = stored.generate(some_tokens(1, 7), **settings)
+    with looked_at(stored):
+        assert stored.generate(some_tokens(1, 7), **settings).tolist() == together.tolist()
+
+
+def test_a_copied_model_has_a_plan_of_its_own(stored):
+    tokens = some_tokens(1, 9)
+    expected = decoded(stored, tokens, 4)
+    copied = deepcopy(stored)
+    assert torch.equal(decoded(copied, tokens, 4), expected)
+    with torch.no_grad():
+        copied.model.layers[0].input_layernorm.weight.mul_(2)
+    assert not torch.equal(decoded(copied, tokens, 4), expected)
+    assert torch.equal(decoded(stored, tokens, 4), expected)
+
+
+def test_another_weight_is_noticed(stored):
+    tokens = some_tokens(1, 9)
+    model = deepcopy(stored)
+    before = decoded(model, tokens, 4)
+    norm = model.model.layers[0].input_layernorm
+    norm.weight = nn.Parameter(norm.weight.data * 2)
+    after = decoded(model, tokens, 4)
+    with looked_at(model):
+        assert token_errors(decoded(model, tokens, 4), after).median() < 0.01
+    assert not torch.equal(before, after)
+
+
+def test_a_module_in_the_place_of_another_is_used(stored, calls):
+    tokens = some_tokens(1, 9)
+    model = deepcopy(stored)
+    before = decoded(model, tokens, 4)
+    attention = model.model.layers[1].self_attn
+    weight = attention.q_proj.dequantized().to(torch.bfloat16)
+    attention.q_proj = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    attention.q_proj.weight = nn.Parameter(2 * weight)
+    after = decoded(model, tokens, 4)
+    assert len(calls) == 5
+    assert token_errors(before, after).median() > 0.01
+
+
+def test_weights_that_move_are_followed(stored, calls):
+    tokens = some_tokens(1, 9)
+    model = deepcopy(stored)
+    expected = decoded(model, tokens, 4)
+    for module in (model.model.layers[0].mlp.experts[0].up_proj, model.model.layers[1]):
+        module._apply(lambda tensor: tensor.clone())
+    assert torch.equal(decoded(model, tokens, 4), expected)
+    assert len(calls) == 10
+
+
+def test_a_forward_of_its_own_is_asked(stored):
+    gate, seen = stored.model.layers[1].mlp.gate, []
+    own = gate.forward
+    gate.forward = lambda x: seen.append(len(x)) or own(x)
+    decoded(stored, some_tokens(1, 6), 3)
+    del gate.forward
+    assert seen == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "down_proj", None])
+def test_a_hook_in_an_expert_is_called(stored, part):
+    """As often as the expert is chosen."""
+    seen, chosen, hooks = [], [], []
+    for layer in stored.model.layers:
+        for expert in layer.mlp.experts:
+            module = getattr(expert, part) if part else expert
+            hooks.append(module.register_forward_hook(lambda *call: seen.append(len(call[2]))))
+        count = lambda module, inputs, output: chosen.append(output[2].numel())  # noqa: E731
+        hooks.append(layer.mlp.gate.register_forward_hook(count))
+    decoded(stored, some_tokens(1, 6), 3)
+    for hook in hooks:
+        hook.remove()
+    assert sum(seen) == sum(chosen) == 6 * 2 * len(stored.model.layers)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_router_logits"])
+def test_what_is_recorded_is_there_for_a_single_token(stored, asked):
+    model, tokens = deepcopy(stored), some_tokens(1, 4)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[:, :3], past_key_values=cache)
+        output = model(tokens[:, 3:], past_key_values=cache, **{asked: True})
+    recorded = getattr(output, asked.removeprefix("output_"))
+    assert len(recorded) >= len(model.model.layers)
+
+
+def test_a_tuple_is_returned_when_asked_for(stored):
+    tokens = some_tokens(1, 4)
+    cache = DynamicCache(config=stored.config)
+    with torch.no_grad():
+        stored(tokens[:, :3], past_key_values=cache)
+        logits, *_ = stored(tokens[:, 3:], past_key_values=cache, return_dict=False)
+        states, *_ = stored.model(tokens[:, 3:], past_key_values=cache, return_dict=False)
+    assert logits.shape[:2] == states.shape[:2] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(), Recipe(attention="nf4", router="nf4"), Recipe(attention="nf4", experts="int8")],
+    ids=["attention in 16 bits", "a stored router", "experts in 8 bits"],
+)
+def test_other_recipes_go_module_by_module(tmp_path, recipe, calls):
+    write_any(tmp_path, mixtral_config(), seed=0)
+    model = load(tmp_path, recipe, device_map="cpu")
+    tokens = some_tokens(1, 9)
+    with torch.no_grad():
+        whole = model(tokens).logits.float()
+    errors = token_errors(whole, decoded(model, tokens, 4))
+    assert errors.median() < 0.05
+    assert not calls
+
+
+def test_equal_odds_choose_as_torch_does(stored, calls):
+    model = deepcopy(stored)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            gate = layer.mlp.gate
+            gate.weight[2:] = gate.weight[:2].repeat(len(gate.weight) // 2 - 1, 1)
+    tokens = some_tokens(1, 40)
+    together = decoded(model, tokens, 8)
+    assert calls
+    with looked_at(model):
+        errors = token_errors(decoded(model, tokens, 8), together)
+    assert errors.median() < 0.01
+    assert (errors > 0.05).float().mean() <= 0.05
+
+
 def test_names_and_weights_stay(pair):
     plain, quick = (model.state_dict() for model in pair)
     assert list(plain) == list(quick)
@@ -147,7 +358,8 @@ def test_every_family_decodes_as_it_prefills(family, tmp_path):
     """The loader quickens what it loads; a token by itself must come out as in its prompt."""
     write_any(tmp_path, FAMILIES[family], seed=0)
     model = load(tmp_path, Recipe(experts="nf4"), device_map="cpu")
-    assert any(type(module).__name__.startswith("Quick") for module in model.modules())
+    bases = {base for module in model.modules() for base in type(module).__mro__}
+    assert any(base.__module__ == quicken.__module__ for base in bases)
     tokens = some_tokens(1, 10)
     errors = token_errors(decoded(model, tokens, 10), decoded(model, tokens, 1))
     assert errors.median() < 0.05

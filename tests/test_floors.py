@@ -34,7 +34,7 @@ DOORS = {
     "bitsandbytes": {"experts"},
     "compressed_tensors": {"export"},
     "joblib": {"sweeps"},
-    "transformers": {"experts", "checkpoints", "standin", "budget"},
+    "transformers": {"decoding", "experts", "checkpoints", "standin", "budget"},
 }
 
 
