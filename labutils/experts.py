@@ -65,9 +65,11 @@ from bitsandbytes import functional as bnb_functional  # noqa: E402
 QUANT_METHOD = "labutils"
 DTYPES = {format.name: format.dtype for format in FORMATS.values() if format.dtype}
 
-# What is dequantized at a time, to be multiplied while it is in the cache, and the tokens at which
-# the two ways to multiply are compared.
+# What is dequantized at a time, to be multiplied while it is in the cache; by how many tokens, or a
+# multiple, as torch compiles a product anew for each number of them; and the tokens at which the two
+# ways to multiply are compared.
 SLICE_WEIGHTS = 2**22
+TOKENS_TOGETHER = 8
 COMPARED_TOKENS = (2, 8, 32, 128)
 CLEARLY = 0.9
 
@@ -194,13 +196,14 @@ def sliced_product(linear: Linear4bit, x: torch.Tensor) -> torch.Tensor:
     """`x` (rows, in_features) in bfloat16 times the weight, dequantized a slice at a time."""
     rows = min(max(SLICE_WEIGHTS // linear.in_features, 1), linear.out_features)
     room = _room(rows * linear.in_features).view(rows, linear.in_features)
+    tokens, x = len(x), nn.functional.pad(x, (0, 0, 0, -len(x) % TOKENS_TOGETHER))
     slices = [
         nn.functional.linear(
             x, kernels.dequantize(linear.stored, room[: linear.out_features - first], first)
         )
         for first in range(0, linear.out_features, rows)
     ]
-    return torch.cat(slices, dim=-1)
+    return torch.cat(slices, dim=-1)[:tokens]
 
 
 def _room(weights: int) -> torch.Tensor:
