@@ -15,10 +15,8 @@ of exponentials.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from itertools import chain
-from operator import is_
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,9 +28,24 @@ from . import kernels
 from .moe import route
 
 FEW = 4  # tokens, up to which matrices are read rather than computed with
+POSITIONS = 256  # whose turns are computed at a time
 
 
-class _Norm:
+class Watched(nn.Module):
+    """A module that counts what is set in it: `Watched.changes`, of all of them together."""
+
+    changes = 0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        Watched.changes += 1
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        Watched.changes += 1
+        super().__delattr__(name)
+
+
+class _Norm(Watched):
     """RMSNorm: `weight * (x / rms(x))`, with the rounding between."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -41,7 +54,7 @@ class _Norm:
         return kernels.norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-class _Linear:
+class _Linear(Watched):
     """A matrix that stayed in 16 bits, the head above all."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +63,7 @@ class _Linear:
         return _product(x, self.weight)
 
 
-class _Router:
+class _Router(Watched):
     """Mixtral's."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -61,7 +74,7 @@ class _Router:
         return routing.logits, routing.weights, routing.chosen
 
 
-class _Attention:
+class _Attention(Watched):
     """Mixtral's, for the next token of each sequence, where no token is masked."""
 
     def forward(
@@ -108,25 +121,24 @@ class _Model:
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        last_states = inputs_embeds is None and _last_states_only(self.config, kwargs)
-        if last_states and _next_of_one(input_ids, attention_mask, position_ids):
-            layers, pasts = self._stack.layers(), _pasts(past_key_values, len(self.layers))
-            if layers and pasts:
-                states = self._next_states(layers, pasts, input_ids, position_ids)
-                return MoeModelOutputWithPast(states, past_key_values=past_key_values)
+        usual = inputs_embeds is None and _is_usual(self.config, kwargs)
+        if usual and _next_of_one(input_ids, attention_mask, position_ids):
+            layers = self._stack.layers()
+            room = layers and _room(past_key_values, len(layers))
+            x = room and self.embed_tokens(input_ids)
+            if room and kernels.take(x):
+                x = self._next_state(layers, room, x, position_ids)
+                past_key_values.room = room.grown()
+                return MoeModelOutputWithPast(x, past_key_values=past_key_values)
         return super().forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
         )
 
-    def _next_states(self, layers, pasts, token, position) -> torch.Tensor:
-        length = pasts[0].keys.shape[2]
-        position = torch.tensor([[length]]) if position is None else position
-        x = self.embed_tokens(token)
-        rooms = [_room(past) for past in pasts]
-        x = kernels.decode(layers, x, rooms, length, *self.rotary_emb(x, position_ids=position))
-        for past, (keys, values) in zip(pasts, rooms, strict=True):
-            past.keys, past.values = keys[:, :, : length + 1], values[:, :, : length + 1]
-        return self.norm(x)
+    def _next_state(self, layers, room: "_Room", x: torch.Tensor, position) -> torch.Tensor:
+        if position is None:
+            position = torch.tensor([[room.length]])
+        turns = self.rotary_emb(x, position_ids=position)
+        return self.norm(kernels.decode(layers, x, room.states, room.length, *turns))
 
     @property
     def _stack(self) -> "_Stack":
@@ -136,11 +148,12 @@ class _Model:
         return stack
 
 
-def _last_states_only(config, settings: dict) -> bool:
-    """Whether what leaves the last layer is all that is asked for."""
+def _is_usual(config, settings: dict) -> bool:
+    """Whether nothing is asked for but what leaves the last layer, with the usual attention."""
     more = config.output_hidden_states, config.output_attentions, config.output_router_logits
     asked = [value for name, value in settings.items() if name != "use_cache"]
-    return not any(more) and all(value is None or value is False for value in asked)
+    nothing_more = not any(more) and all(value is None or value is False for value in asked)
+    return nothing_more and config._attn_implementation == "sdpa"
 
 
 def _next_of_one(token, mask, position) -> bool:
@@ -155,78 +168,58 @@ def _next_of_one(token, mask, position) -> bool:
 
 
 class _Stack:
-    """Where the weights of layers lie, for as long as they lie there and nobody looks on inside.
-
-    A module that is stored in 4 bits has a `place`: another object, once that may have changed.
-    """
+    """Where the weights of layers lie, for as long as they lie there and nobody looks on inside."""
 
     def __init__(self, of: nn.ModuleList):
         self.of = of
-        self.known, self.found = None, None
+        self.changes, self.plain = None, []
 
     def __reduce__(self):
         return type(None), ()  # a copy of the model finds its own
 
     def layers(self) -> list[kernels.Layer] | None:
         """For `kernels.decode`; None where that would not do the same."""
-        if not self._is_known():
-            self._know()
-        if self.hooked or self.handles != RemovableHandle.next_id:  # the next hook's, anywhere
-            self.hooked, self.handles = any(self.hooks), RemovableHandle.next_id
-        looked_at = self.hooked or any("forward" in attributes for attributes in self.own)
-        return None if looked_at else self.found
+        if self.changes != Watched.changes or self._addresses() != self.addresses:
+            self._find()
+        if self.looked_at or self.handles != RemovableHandle.next_id:  # the next hook's, anywhere
+            self.looked_at = any(map(is_looked_at, self.modules))
+            self.handles = RemovableHandle.next_id
+        return None if self.looked_at or len(self.of) != len(self.found) else self.found
 
-    def _know(self) -> None:
-        layers = [_layer(module) for module in self.of]
-        self.found = None if None in layers else layers
-        modules = list(self.of.modules())
-        self.hooked, self.handles = True, None
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.own = [module.__dict__ for module in modules]
-        self.held = [held for m in modules for held in (m._parameters, m._modules) if held]
-        self.stored = [module for module in modules if hasattr(module, "place")]
-        stored = {weight for module in self.stored for weight in module.parameters()}
-        self.plain = [weight for weight in self.of.parameters() if weight not in stored]
-        self.known, self.addresses = self._inside(), self._addresses()
-
-    def _is_known(self) -> bool:
-        if self.known is None:
-            return False
-        inside = self._inside()
-        same = len(inside) == len(self.known) and all(map(is_, inside, self.known))
-        return same and self._addresses() == self.addresses
-
-    def _inside(self) -> list:
-        places = [module.place for module in self.stored]
-        return [*chain.from_iterable(map(dict.values, self.held)), *places]
+    def _find(self) -> None:
+        found = [_layer(module) for module in self.of]
+        self.found = [] if None in found else found
+        self.modules = list(self.of.modules())
+        self.looked_at, self.handles = True, None
+        self.kept = [weight.data for weight in self.of.parameters()]
+        self.plain = [_plain(module) for module in self.of] if self.found else []
+        self.changes, self.addresses = Watched.changes, self._addresses()
 
     def _addresses(self) -> list[int]:
-        return [weight.data_ptr() for weight in self.plain]
+        return [held["weight"].data_ptr() for layer in self.plain for held in layer]
 
 
 def _layer(module: nn.Module) -> kernels.Layer | None:
-    attention, moe = module.self_attn, module.mlp
+    attention, router = module.self_attn, module.mlp.gate
     norms = module.input_layernorm, module.post_attention_layernorm
     known = (
         isinstance(attention, _Attention)
-        and attention.config._attn_implementation == "sdpa"
-        and isinstance(moe.gate, _Router)
+        and isinstance(router, _Router)
         and all(isinstance(norm, _Norm) for norm in norms)
     )
     if not known:
         return None
-    plain = [each.weight.detach() for each in (*norms, moe.gate)]
-    projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    stored = [_stored(linear) for linear in projections]
-    experts = [getattr(expert, "stored", None) for expert in moe.experts.children()]
-    if None in stored or None in experts or not kernels.take(*plain):
+    plain = [each.weight.detach() for each in (*norms, router)]
+    projections = [_weight(linear) for linear in _projections(attention)]
+    experts = [getattr(expert, "stored", None) for expert in module.mlp.experts.children()]
+    if None in projections or None in experts or not kernels.take(*plain):
         return None
     return kernels.Layer(
         *(weight.data_ptr() for weight in plain),
         (kernels.Expert * len(experts))(*experts),
         len(experts),
-        moe.gate.top_k,
-        *stored,
+        router.top_k,
+        *projections,
         attention.q_proj.in_features,
         attention.q_proj.out_features // attention.head_dim,
         attention.k_proj.out_features // attention.head_dim,
@@ -236,45 +229,97 @@ def _layer(module: nn.Module) -> kernels.Layer | None:
     )
 
 
-def _pasts(cache, layers: int) -> list | None:
-    """Each layer's past, if the cache is one that merely grows, and of one sequence."""
-    if type(cache).__name__ != "DynamicCache" or cache.offloading or len(cache.layers) != layers:
-        return None
-    pasts = cache.layers
-    grow = all(type(past).__name__ == "DynamicLayer" and past.is_initialized for past in pasts)
-    if not grow or not kernels.take(*(x for past in pasts for x in (past.keys, past.values))):
-        return None
-    shapes = {past.keys.shape for past in pasts}
-    return pasts if len(shapes) == 1 and shapes.pop()[0] == 1 else None
+def _projections(attention: nn.Module) -> tuple[nn.Module, ...]:
+    return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
 
 
-def _room(past) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tensors in which a layer's keys and values lie, with room behind them.
+def _weight(linear: nn.Module) -> kernels.Weight | None:
+    """Where the kernels find the weight, in 4 or 16 bits."""
+    if isinstance(linear, _Linear) and linear.bias is None and kernels.take(linear.weight.detach()):
+        return kernels.plain_weight(linear.weight)
+    return _stored(linear)
+
+
+def _plain(layer: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Where a layer holds its weights in 16 bits, which may be exchanged without being set."""
+    linears = [each for each in _projections(layer.self_attn) if isinstance(each, _Linear)]
+    modules = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.gate, *linears
+    return [module._parameters for module in modules]
+
+
+@dataclass
+class _Room:
+    """Where all keys and values of a cache lie, with room behind those of each layer.
 
     transformers copies all of them for every token. Here they are copied when their room is full,
-    into twice as much, and `past.keys` is a view of what is filled.
+    into half as much again and 64, and what transformers sees are views of what is filled.
     """
-    length = past.keys.shape[2]
-    room = getattr(past, "room", None)
-    fits = (
-        room is not None
-        and room.owner is past
-        and room.keys.data_ptr() == past.keys.data_ptr()
-        and room.values.data_ptr() == past.values.data_ptr()
-        and length < room.keys.shape[2]
-    )
-    if not fits:
-        shape = *past.keys.shape[:2], 2 * length + 64, past.keys.shape[3]
-        room = past.room = _Room(past, past.keys.new_empty(shape), past.keys.new_empty(shape))
-        room.keys[:, :, :length] = past.keys
-        room.values[:, :, :length] = past.values
-    return room.keys, room.values
+
+    layers: list  # of transformers' cache
+    states: torch.Tensor  # (layers, 2, 1, groups, room, size)
+    length: int
+
+    def __post_init__(self):
+        views = self.states.narrow(4, 0, self.length).flatten(0, 1).unbind()
+        self.shown = list(zip(views[::2], views[1::2], strict=True))
+        for layer, shown in zip(self.layers, self.shown, strict=True):
+            layer.keys, layer.values = shown
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of the cache gets its own
+
+    @classmethod
+    def behind(cls, layers: list) -> "_Room":
+        _, groups, length, size = layers[0].keys.shape
+        states = layers[0].keys.new_empty(
+            len(layers), 2, 1, groups, length + length // 2 + 64, size
+        )
+        for room, layer in zip(states, layers, strict=True):
+            room[0, :, :, :length], room[1, :, :, :length] = layer.keys, layer.values
+        return cls(layers.copy(), states, length)
+
+    def goes_on(self, layers: list) -> bool:
+        """Whether these are the layers, nobody has changed them since, and there is room."""
+        return self.length < self.states.shape[4] and all(
+            layer is known and layer.keys is keys and layer.values is values
+            for layer, known, (keys, values) in zip(layers, self.layers, self.shown, strict=True)
+        )
+
+    def grown(self) -> "_Room":
+        return _Room(self.layers, self.states, self.length + 1)
 
 
-class _Room(NamedTuple):
-    owner: object
-    keys: torch.Tensor
-    values: torch.Tensor
+def _room(cache, layers: int) -> _Room | None:
+    """Of a cache that merely grows, and has so many layers, and one sequence."""
+    if type(cache).__name__ != "DynamicCache" or cache.offloading or len(cache.layers) != layers:
+        return None
+    room = getattr(cache, "room", None)
+    if room is None or not room.goes_on(cache.layers):
+        room = _Room.behind(cache.layers) if _grows(cache.layers) else None
+    return room
+
+
+def _grows(layers: list) -> bool:
+    if not all(type(x).__name__ == "DynamicLayer" and x.is_initialized for x in layers):
+        return False
+    shapes = {tuple(states.shape) for layer in layers for states in (layer.keys, layer.values)}
+    usable = all(kernels.take(layer.keys, layer.values) for layer in layers)
+    return usable and len(shapes) == 1 and shapes.pop()[0] == 1
+
+
+class _Rotary:
+    """Mixtral's: for a single position, out of what was computed for many."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if position_ids.numel() != 1 or self.rope_type != "default" or not kernels.take(x):
+            return super().forward(x, position_ids)
+        page, place = divmod(position_ids.item(), POSITIONS)
+        known = self.__dict__.get("known")
+        if known is None or known[:2] != (page, self.inv_freq.data_ptr()):
+            positions = torch.arange(page * POSITIONS, (page + 1) * POSITIONS)[None]
+            known = page, self.inv_freq.data_ptr(), *super().forward(x, positions)
+            self.__dict__["known"] = known
+        return tuple(turns.narrow(1, place, 1) for turns in known[2:])
 
 
 def _products(x: torch.Tensor, linears: Sequence[nn.Module]) -> list[torch.Tensor]:
@@ -307,6 +352,10 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # What is quickened, by the name of its class; transformers writes a family's norm out for each.
 _QUICK = {
     "Linear": _Linear,
+    "ModuleList": Watched,
+    "MixtralDecoderLayer": Watched,
+    "MixtralSparseMoeBlock": Watched,
+    "MixtralRotaryEmbedding": _Rotary,
     "MixtralModel": _Model,
     "MixtralAttention": _Attention,
     "MixtralTopKRouter": _Router,

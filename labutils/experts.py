@@ -50,7 +50,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import kernels
 from .anatomy import part_of
 from .budget import parts_of
-from .decoding import is_looked_at, quicken
+from .decoding import Watched, is_looked_at, quicken
 from .formats import FORMATS, NESTED_BLOCK, stored_bytes
 from .meter import mark
 from .recipes import Recipe, check_overrides
@@ -65,9 +65,9 @@ from bitsandbytes import functional as bnb_functional  # noqa: E402
 QUANT_METHOD = "labutils"
 DTYPES = {format.name: format.dtype for format in FORMATS.values() if format.dtype}
 
-# What is dequantized at a time, to be multiplied while it is in the cache; by how many tokens, or a
-# multiple, as torch compiles a product anew for each number of them; and the tokens at which the two
-# ways to multiply are compared.
+# What is dequantized at a time, to be multiplied while it is in the cache; of how many tokens a
+# multiple, as torch compiles a product anew for each number of them; and the tokens at which the
+# two ways to multiply are compared.
 SLICE_WEIGHTS = 2**22
 TOKENS_TOGETHER = 8
 COMPARED_TOKENS = (2, 8, 32, 128)
@@ -103,7 +103,7 @@ class UnusableWeight(BaseException):
     """
 
 
-class Linear4bit(bnb.nn.Linear4bit):
+class Linear4bit(Watched, bnb.nn.Linear4bit):
     """A bias-free or biased linear layer whose weight is stored in NF4 or FP4.
 
     Stored are the packed codes (two to a byte), a block maximum per `block_size` weights, itself in
@@ -125,7 +125,7 @@ class Linear4bit(bnb.nn.Linear4bit):
             device="meta",
         )
         self.weight.blocksize = block_size
-        self.place = NOWHERE
+        self._found = NOWHERE
         self.requires_grad_(False)
 
     def quantized(self, weight: torch.Tensor) -> bnb.nn.Params4bit:
@@ -157,21 +157,21 @@ class Linear4bit(bnb.nn.Linear4bit):
     def stored(self) -> kernels.Weight | None:
         """Where the kernels find the weight; None where there are none that can use it."""
         weight = self._parameters["weight"]
-        if self.place[0] is not weight:
+        if self._found[0] is not weight:
             block = weight.blocksize
             usable = block % kernels.GROUP == 0 and self.in_features % block == 0
             if not (_has_kernels(weight) and usable):
                 return None
-            self.place = weight, kernels.weight(weight, weight.quant_state)
-        return self.place[1]
+            self._found = weight, kernels.weight(weight, weight.quant_state)
+        return self._found[1]
 
     def _apply(self, fn, recurse=True):
-        self.place = NOWHERE
+        self._found = NOWHERE
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
         """What is copied and pickled: not the addresses."""
-        return self.__dict__ | {"place": NOWHERE}
+        return self.__dict__ | {"_found": NOWHERE}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
@@ -377,7 +377,7 @@ def _on_all_cores(function, chunks: Sequence[torch.Tensor]) -> list:
         torch.set_num_threads(threads)
 
 
-class Expert(nn.Module):
+class Expert(Watched):
     """One SwiGLU expert: `down(act(gate(x)) * up(x))`, its three matrices 2-D and apart."""
 
     def __init__(self, hidden: int, ffn: int, act_fn: nn.Module, dtype: torch.dtype):
@@ -386,7 +386,7 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(hidden, ffn, bias=False, device="meta", dtype=dtype)
         self.down_proj = nn.Linear(ffn, hidden, bias=False, device="meta", dtype=dtype)
         self.act_fn = act_fn
-        self.place = NOWHERE
+        self._found = NOWHERE
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -403,15 +403,15 @@ class Expert(nn.Module):
         looked_at = any(map(is_looked_at, (self, *self.linears)))
         if None in parts or looked_at or not isinstance(self.act_fn, SILU):
             return None
-        if parts != self.place[0]:
-            self.place = parts, kernels.Expert(*parts)
-        return self.place[1]
+        if parts != self._found[0]:
+            self._found = parts, kernels.Expert(*parts)
+        return self._found[1]
 
     def __getstate__(self):
-        return self.__dict__ | {"place": NOWHERE}
+        return self.__dict__ | {"_found": NOWHERE}
 
 
-class Experts(nn.ModuleList):
+class Experts(Watched, nn.ModuleList):
     """The experts of one layer, called as transformers calls its fused ones."""
 
     def forward(

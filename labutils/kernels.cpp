@@ -971,13 +971,28 @@ struct Layer {
     float epsilon, scale;
 };
 
-// Keys and values (groups, room, size) of `length` tokens, and room for more.
+// Keys and values (groups, room, size), of `length` tokens, and room for more.
 struct Past {
     uint16_t *keys, *values;
     int64_t length, room;
 };
 
 namespace {
+
+// Products with the same inputs of one token; matrices with blocks of 0 are not codes but bfloat16.
+void project(const std::vector<Product>& products, int threads, int level) {
+    const auto in_codes = [](const Product& product) { return product.weight.block > 0; };
+    if (std::all_of(products.begin(), products.end(), in_codes))
+        return multiply_products(products.data(), products.size(), threads, level);
+    for (const Product& product : products) {
+        const Weight& weight = product.weight;
+        if (in_codes(product))
+            multiply_products(&product, 1, threads, level);
+        else
+            multiply_16bit(reinterpret_cast<const uint16_t*>(weight.codes), weight.rows,
+                           weight.columns, product.inputs, 1, product.outputs, threads, level);
+    }
+}
 
 // What attention adds to a token's state; its key and value join the past.
 std::vector<uint16_t> attended(const Layer& layer, const Past& past, const uint16_t* x,
@@ -987,10 +1002,10 @@ std::vector<uint16_t> attended(const Layer& layer, const Past& past, const uint1
     std::vector<uint16_t> normed(hidden), queries(layer.heads * size), keys(groups * size),
         values(groups * size), found(queries.size()), answer(hidden);
     norm_row(x, layer.first_norm, layer.epsilon, hidden, normed.data());
-    const Product projections[] = {{layer.query, normed.data(), queries.data(), 1},
-                                   {layer.key, normed.data(), keys.data(), 1},
-                                   {layer.value, normed.data(), values.data(), 1}};
-    multiply_products(projections, 3, threads, level);
+    project({{layer.query, normed.data(), queries.data(), 1},
+             {layer.key, normed.data(), keys.data(), 1},
+             {layer.value, normed.data(), values.data(), 1}},
+            threads, level);
     rotate(queries.data(), 1, layer.heads, size, cosines, sines, 0);
     rotate(keys.data(), 1, groups, size, cosines, sines, 0);
     for (int64_t group = 0; group < groups; group++) {
@@ -1000,8 +1015,7 @@ std::vector<uint16_t> attended(const Layer& layer, const Past& past, const uint1
     }
     attend(queries.data(), past.keys, past.values, 1, layer.heads, groups, past.length + 1,
            past.room, size, layer.scale, found.data(), threads);
-    const Product output{layer.output, found.data(), answer.data(), 1};
-    multiply_products(&output, 1, threads, level);
+    project({{layer.output, found.data(), answer.data(), 1}}, threads, level);
     return answer;
 }
 
@@ -1028,11 +1042,16 @@ std::vector<uint16_t> mixed(const Layer& layer, const uint16_t* x, int threads, 
 
 }  // namespace
 
-// One token's state `x` (hidden) through layers of Mixtral, in place.
-extern "C" void decode(const Layer* layers, const Past* pasts, int count, uint16_t* x,
-                       const uint16_t* cosines, const uint16_t* sines, int threads, int level) {
-    for (int i = 0; i < count; i++) {
-        add_to(x, attended(layers[i], pasts[i], x, cosines, sines, threads, level));
-        add_to(x, mixed(layers[i], x, threads, level));
+// One token's state `x` (hidden) through layers of Mixtral, in place. `states` are keys and values of
+// `length` tokens, (layers, 2, groups, room, size).
+extern "C" void decode(const Layer* layers, int count, uint16_t* x, uint16_t* states,
+                       int64_t length, int64_t room, const uint16_t* cosines,
+                       const uint16_t* sines, int threads, int level) {
+    for (const Layer* layer = layers; layer < layers + count; layer++) {
+        const int64_t each = layer->groups * room * layer->size;
+        const Past past{states, states + each, length, room};
+        add_to(x, attended(*layer, past, x, cosines, sines, threads, level));
+        add_to(x, mixed(*layer, x, threads, level));
+        states += 2 * each;
     }
 }

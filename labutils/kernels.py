@@ -55,7 +55,8 @@ class Expert(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A layer of Mixtral: norms and router in bfloat16, matrices in 4 bits, and its sizes."""
+    """A layer of Mixtral: norms and router in bfloat16, the other matrices in 4 bits or, of
+    attention, also `plain_weight`s; and its sizes."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("first_norm", "second_norm", "router")),
@@ -64,13 +65,6 @@ class Layer(ctypes.Structure):
         *((name, Weight) for name in ("query", "key", "value", "output")),
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "groups", "size")),
         *((name, ctypes.c_float) for name in ("epsilon", "scale")),
-    )
-
-
-class _Past(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("length", "room")),
     )
 
 
@@ -93,7 +87,7 @@ _SIGNATURES = {
     "norm": "ppfllpi",
     "rotate": "plllppl",
     "attend": "pppllllllfpi",
-    "decode": "ppipppii",
+    "decode": "pippllppii",
 }
 
 
@@ -123,6 +117,11 @@ def weight(codes: torch.Tensor, state) -> Weight:
         maxima, nested = state.absmax, ()
     places = [tensor.data_ptr() for tensor in (codes, state.code, maxima, *nested)]
     return Weight(*places, *[None] * (6 - len(places)), *state.shape, state.blocksize)
+
+
+def plain_weight(weight: torch.Tensor) -> Weight:
+    """A contiguous matrix in bfloat16, where one is taken: with blocks of 0."""
+    return Weight(weight.data_ptr(), *[None] * 5, *weight.shape, 0)
 
 
 def take(*tensors: torch.Tensor) -> bool:
@@ -270,7 +269,7 @@ def attend(
 def decode(
     layers: Sequence[Layer],
     x: torch.Tensor,
-    pasts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    states: torch.Tensor,
     length: int,
     cosines: torch.Tensor,
     sines: torch.Tensor,
@@ -278,16 +277,17 @@ def decode(
 ) -> torch.Tensor:
     """What layers, one after the other, make of the state `x` (1, 1, hidden) of one token.
 
-    Contiguous keys and values, (1, groups, room, size) of each layer, hold those of `length` tokens
+    Contiguous `states` (layers, 2, 1, groups, room, size) are keys and values of `length` tokens,
     and get this token's behind them. `cosines` and `sines` are (1, 1, size).
     """
     x, count = x.clone(), len(layers)
-    places = [(keys.data_ptr(), values.data_ptr(), length, keys.shape[2]) for keys, values in pasts]
     _LIBRARY.decode(
         (Layer * count)(*layers),
-        (_Past * count)(*places),
         count,
         x.data_ptr(),
+        states.data_ptr(),
+        length,
+        states.shape[4],
         cosines.contiguous().data_ptr(),
         sines.contiguous().data_ptr(),
         torch.get_num_threads(),

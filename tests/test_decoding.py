@@ -161,17 +161,38 @@ def calls(monkeypatch) -> list[int]:
     """The length of the past at each call."""
     lengths, decode = [], kernels.decode
 
-    def counted(layers, x, pasts, length, *rest):
+    def counted(layers, x, states, length, *turns):
         lengths.append(length)
-        return decode(layers, x, pasts, length, *rest)
+        return decode(layers, x, states, length, *turns)
 
     monkeypatch.setattr(kernels, "decode", counted)
     return lengths
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(attention="fp4", block_size=128),
+        Recipe(overrides={"layers.1.attention.q_proj": "nf4"}),
+    ],
+    ids=["attention in 16 bits", "in 4", "in both"],
+)
+def test_a_recipe_goes_in_one_call(tmp_path, recipe, calls):
+    write_any(tmp_path, mixtral_config(), seed=0)
+    model = load(tmp_path, recipe, device_map="cpu")
+    tokens = some_tokens(1, 30)
+    together = decoded(model, tokens, 10)
+    assert len(calls) == 20
+    with looked_at(model):
+        errors = token_errors(decoded(model, tokens, 10), together)
+    assert errors.median() < 0.01
+    assert (errors > 0.05).float().mean() <= 0.05
+
+
 @pytest.mark.parametrize("prompt", [1, 20, 70])
 def test_layers_in_one_call_are_their_modules_in_turn(stored, prompt, calls):
-    """Beyond the first room too, which is for 66, 104 and 204 tokens."""
+    """Beyond the first room too, which is for 65, 94 and 169 tokens."""
     tokens = some_tokens(1, prompt + 150)
     together = decoded(stored, tokens, prompt)
     assert len(calls) == 150
@@ -306,6 +327,22 @@ def test_what_is_recorded_is_there_for_a_single_token(stored, asked):
     assert len(recorded) >= len(model.model.layers)
 
 
+def test_another_attention_and_fewer_experts_are_noticed(stored, calls):
+    model, tokens = deepcopy(stored), some_tokens(1, 8)
+    model.set_attn_implementation("eager")
+    decoded(model, tokens, 4)
+    assert not calls
+    model.set_attn_implementation("sdpa")
+    both = decoded(model, tokens, 4)
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = 1
+    one = decoded(model, tokens, 4)
+    assert len(calls) == 8
+    with looked_at(model):
+        assert token_errors(decoded(model, tokens, 4), one).median() < 0.01
+    assert token_errors(both, one).median() > 0.05
+
+
 def test_a_tuple_is_returned_when_asked_for(stored):
     tokens = some_tokens(1, 4)
     cache = DynamicCache(config=stored.config)
@@ -318,8 +355,8 @@ def test_a_tuple_is_returned_when_asked_for(stored):
 
 @pytest.mark.parametrize(
     "recipe",
-    [Recipe(), Recipe(attention="nf4", router="nf4"), Recipe(attention="nf4", experts="int8")],
-    ids=["attention in 16 bits", "a stored router", "experts in 8 bits"],
+    [Recipe(router="nf4"), Recipe(attention="int8"), Recipe(experts="int8")],
+    ids=["a stored router", "attention in 8 bits", "experts in 8 bits"],
 )
 def test_other_recipes_go_module_by_module(tmp_path, recipe, calls):
     write_any(tmp_path, mixtral_config(), seed=0)
