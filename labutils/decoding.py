@@ -28,6 +28,7 @@ from . import kernels
 from .moe import route
 
 FEW = 4  # tokens, up to which matrices are read rather than computed with
+RECORDER = "output_capturing_hook"  # in transformers.utils.output_capturing
 POSITIONS = 256  # whose turns are computed at a time
 
 
@@ -331,9 +332,13 @@ def _products(x: torch.Tensor, linears: Sequence[nn.Module]) -> list[torch.Tenso
 
 
 def is_looked_at(module: nn.Module) -> bool:
-    """Whether somebody looks on when `module` is called: by a hook, or a forward in its place."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    """Whether somebody looks on when `module` is called: by a hook, or a forward in its place.
+
+    Once something was recorded, transformers' own hooks stay, and do nothing unless asked again.
+    """
+    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+    others = (hook for hook in hooks if getattr(hook, "__name__", None) != RECORDER)
+    return "forward" in module.__dict__ or any(True for _ in others)
 
 
 def _stored(linear: nn.Module) -> kernels.Weight | None:

@@ -238,11 +238,13 @@ def test_copies_of_a_past_go_different_ways(stored, duplicate, calls):
         assert token_errors(decoded(stored, tokens[i : i + 1], 7)[:, -1:], step).max() < 1e-6
 
 
-def test_beams_and_samples_are_generated(stored):
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "num_beams": 3}
-    together = stored.generate(some_tokens(1, 7), **settings)
+@pytest.mark.parametrize(("beams", "expected_calls"), [(1, 5), (3, 0)])
+def test_one_sequence_is_generated_so_and_beams_not(stored, beams, expected_calls, calls):
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    together = stored.generate(1 + some_tokens(1, 7), **settings)
+    assert len(calls) == expected_calls
     with looked_at(stored):
-        assert stored.generate(some_tokens(1, 7), **settings).tolist() == together.tolist()
+        assert stored.generate(1 + some_tokens(1, 7), **settings).tolist() == together.tolist()
 
 
 def test_a_copied_model_has_a_plan_of_its_own(stored):
@@ -317,14 +319,20 @@ def test_a_hook_in_an_expert_is_called(stored, part):
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_router_logits"])
-def test_what_is_recorded_is_there_for_a_single_token(stored, asked):
+def test_what_is_recorded_is_there_for_a_single_token(stored, asked, calls):
     model, tokens = deepcopy(stored), some_tokens(1, 4)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens[:, :3], past_key_values=cache)
         output = model(tokens[:, 3:], past_key_values=cache, **{asked: True})
-    recorded = getattr(output, asked.removeprefix("output_"))
-    assert len(recorded) >= len(model.model.layers)
+        recorded = getattr(output, asked.removeprefix("output_"))
+        assert len(recorded) >= len(model.model.layers)
+        assert not calls
+        model(tokens[:, 3:], past_key_values=cache)
+        assert calls
+        again = model(tokens[:, 3:], past_key_values=cache, **{asked: True})
+    assert len(getattr(again, asked.removeprefix("output_"))) == len(recorded)
+    assert len(calls) == 1
 
 
 def test_another_attention_and_fewer_experts_are_noticed(stored, calls):
