@@ -20,6 +20,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -44,6 +45,14 @@ class Watched(nn.Module):
     def __delattr__(self, name: str) -> None:
         Watched.changes += 1
         super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        Watched.changes += 1
+        super().add_module(name, module)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        Watched.changes += 1
+        super().register_parameter(name, param)
 
 
 class _Norm(Watched):
@@ -89,6 +98,7 @@ class _Attention(Watched):
         usable = (
             hidden_states.shape[1] == 1
             and attention_mask is None
+            and not (self.training or torch.is_grad_enabled())
             and past_key_values is not None
             and self.config._attn_implementation == "sdpa"
             and kernels.take(hidden_states)
@@ -122,10 +132,12 @@ class _Model:
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        usual = inputs_embeds is None and _is_usual(self.config, kwargs)
+        usual = inputs_embeds is None and not self.training and _is_usual(self.config, kwargs)
         if usual and _next_of_one(input_ids, attention_mask, position_ids):
             layers = self._stack.layers()
             room = layers and _room(past_key_values, len(layers))
+            if room and attention_mask is not None and attention_mask.shape[1] != room.length + 1:
+                room = None
             x = room and self.embed_tokens(input_ids)
             if room and kernels.take(x):
                 x = self._next_state(layers, room, x, position_ids)
@@ -154,7 +166,7 @@ def _is_usual(config, settings: dict) -> bool:
     more = config.output_hidden_states, config.output_attentions, config.output_router_logits
     asked = [value for name, value in settings.items() if name != "use_cache"]
     nothing_more = not any(more) and all(value is None or value is False for value in asked)
-    return nothing_more and config._attn_implementation == "sdpa"
+    return nothing_more and config._attn_implementation == "sdpa" and config.sliding_window is None
 
 
 def _next_of_one(token, mask, position) -> bool:
@@ -183,37 +195,44 @@ class _Stack:
         if self.changes != Watched.changes or self._addresses() != self.addresses:
             self._find()
         if self.looked_at or self.handles != RemovableHandle.next_id:  # the next hook's, anywhere
-            self.looked_at = any(map(is_looked_at, self.modules))
+            everywhere = _global_forward_hooks or _global_forward_pre_hooks
+            self.looked_at = bool(everywhere) or any(map(is_looked_at, self.modules))
             self.handles = RemovableHandle.next_id
         return None if self.looked_at or len(self.of) != len(self.found) else self.found
 
     def _find(self) -> None:
-        found = [_layer(module) for module in self.of]
-        self.found = [] if None in found else found
+        found = [_layer(module, number) for number, module in enumerate(self.of)]
+        self.found = [] if None in found or not isinstance(self.of, Watched) else found
         self.modules = list(self.of.modules())
         self.looked_at, self.handles = True, None
         self.kept = [weight.data for weight in self.of.parameters()]
         self.plain = [_plain(module) for module in self.of] if self.found else []
         self.changes, self.addresses = Watched.changes, self._addresses()
 
-    def _addresses(self) -> list[int]:
-        return [held["weight"].data_ptr() for layer in self.plain for held in layer]
+    def _addresses(self) -> list[tuple]:
+        weights = (held.get("weight") for layer in self.plain for held in layer)
+        return [w if w is None else (w.data_ptr(), w.shape, w.stride()) for w in weights]
 
 
-def _layer(module: nn.Module) -> kernels.Layer | None:
-    attention, router = module.self_attn, module.mlp.gate
+def _layer(module: nn.Module, number: int) -> kernels.Layer | None:
+    attention, moe = module.self_attn, module.mlp
     norms = module.input_layernorm, module.post_attention_layernorm
     known = (
-        isinstance(attention, _Attention)
-        and isinstance(router, _Router)
-        and all(isinstance(norm, _Norm) for norm in norms)
+        _is_quick(module, Watched)
+        and _is_quick(attention, _Attention)
+        and _is_quick(moe, Watched)
+        and _is_quick(moe.gate, _Router)
+        and all(_is_quick(norm, _Norm) for norm in norms)
     )
-    if not known:
+    if not known or attention.layer_idx != number or any(m.training for m in module.modules()):
         return None
-    plain = [each.weight.detach() for each in (*norms, router)]
+    router = moe.gate
+    plain = [_plain_weight(each) for each in (*norms, router)]
     projections = [_weight(linear) for linear in _projections(attention)]
-    experts = [getattr(expert, "stored", None) for expert in module.mlp.experts.children()]
-    if None in projections or None in experts or not kernels.take(*plain):
+    experts = [getattr(expert, "stored", None) for expert in moe.experts.children()]
+    if any(each is None for each in (*plain, *projections, *experts)):
+        return None
+    if len(plain[-1]) != len(experts):
         return None
     return kernels.Layer(
         *(weight.data_ptr() for weight in plain),
@@ -234,11 +253,23 @@ def _projections(attention: nn.Module) -> tuple[nn.Module, ...]:
     return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
 
 
+def _is_quick(module: nn.Module, quick: type) -> bool:
+    """Whether `module` is transformers' own, quickened, and no class that somebody made of it."""
+    return type(module).__bases__[0] is quick and type(module).__name__ in _QUICK
+
+
+def _plain_weight(module: nn.Module) -> torch.Tensor | None:
+    weight = module._parameters.get("weight")
+    usable = weight is not None and weight.is_contiguous() and kernels.take(weight.detach())
+    return weight.detach() if usable else None
+
+
 def _weight(linear: nn.Module) -> kernels.Weight | None:
     """Where the kernels find the weight, in 4 or 16 bits."""
-    if isinstance(linear, _Linear) and linear.bias is None and kernels.take(linear.weight.detach()):
-        return kernels.plain_weight(linear.weight)
-    return _stored(linear)
+    if not _is_quick(linear, _Linear):
+        return _stored(linear)
+    weight = _plain_weight(linear)
+    return None if weight is None or linear.bias is not None else kernels.plain_weight(weight)
 
 
 def _plain(layer: nn.Module) -> list[dict[str, torch.Tensor]]:
@@ -315,12 +346,13 @@ class _Rotary:
         if position_ids.numel() != 1 or self.rope_type != "default" or not kernels.take(x):
             return super().forward(x, position_ids)
         page, place = divmod(position_ids.item(), POSITIONS)
+        frequencies = self.inv_freq.tolist()
+        basis = page, self.attention_scaling, frequencies
         known = self.__dict__.get("known")
-        if known is None or known[:2] != (page, self.inv_freq.data_ptr()):
+        if known is None or known[0] != basis:
             positions = torch.arange(page * POSITIONS, (page + 1) * POSITIONS)[None]
-            known = page, self.inv_freq.data_ptr(), *super().forward(x, positions)
-            self.__dict__["known"] = known
-        return tuple(turns.narrow(1, place, 1) for turns in known[2:])
+            known = self.__dict__["known"] = basis, super().forward(x, positions)
+        return tuple(turns.narrow(1, place, 1) for turns in known[1])
 
 
 def _products(x: torch.Tensor, linears: Sequence[nn.Module]) -> list[torch.Tensor]:

@@ -400,7 +400,7 @@ class Expert(Watched):
         """Where the kernels find the matrices; None where they cannot use them or nobody may skip
         the modules, because somebody looks on."""
         parts = tuple(getattr(linear, "stored", None) for linear in self.linears)
-        looked_at = any(map(is_looked_at, (self, *self.linears)))
+        looked_at = any(map(is_looked_at, (self, *self.linears, self.act_fn)))
         if None in parts or looked_at or not isinstance(self.act_fn, SILU):
             return None
         if parts != self._found[0]:
@@ -426,7 +426,9 @@ class Experts(Watched, nn.ModuleList):
         tokens_of = Counter(sorted(numbers))
         if not tokens_of:
             return torch.zeros_like(hidden_states)
-        if kernels.take(hidden_states) and max(tokens_of.values()) <= fused_tokens():
+        trained = torch.is_grad_enabled() and weights.requires_grad
+        few = max(tokens_of.values()) <= fused_tokens()
+        if few and not trained and kernels.take(hidden_states):
             stored = {number: self[number].stored for number in tokens_of}
             if None not in stored.values():
                 return kernels.mix(stored, numbers, weights, hidden_states)

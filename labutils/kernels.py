@@ -39,7 +39,7 @@ class Instructions(IntEnum):
 
 
 class Weight(ctypes.Structure):
-    """Where a matrix of 4-bit codes lies. It holds addresses only: keep the tensors alive."""
+    """Where a matrix of 4-bit codes lies: addresses only, so keep the tensors alive."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "table", "maxima")),
@@ -115,8 +115,11 @@ def weight(codes: torch.Tensor, state) -> Weight:
         nested = (state.absmax, state.state2.code, state.offset)
     else:
         maxima, nested = state.absmax, ()
-    places = [tensor.data_ptr() for tensor in (codes, state.code, maxima, *nested)]
-    return Weight(*places, *[None] * (6 - len(places)), *state.shape, state.blocksize)
+    tensors = codes, state.code, maxima, *nested
+    places = [tensor.data_ptr() for tensor in tensors]
+    found = Weight(*places, *[None] * (6 - len(places)), *state.shape, state.blocksize)
+    found.kept = [tensor.untyped_storage() for tensor in tensors]
+    return found
 
 
 def plain_weight(weight: torch.Tensor) -> Weight:

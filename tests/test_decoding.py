@@ -392,6 +392,65 @@ def test_equal_odds_choose_as_torch_does(stored, calls):
     assert (errors > 0.05).float().mean() <= 0.05
 
 
+def _reverse_layers(model):
+    model.model.layers = nn.ModuleList(list(model.model.layers)[::-1])
+
+
+def _lay_out_a_router_by_columns(model):
+    gate = model.model.layers[0].mlp.gate
+    gate.weight = nn.Parameter(gate.weight.data.t().contiguous().t())
+
+
+def _cut_routers(model):
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data = layer.mlp.gate.weight.data[:2]
+
+
+def _subclass_a_norm(model):
+    norm = model.model.layers[0].input_layernorm
+    norm.__class__ = type("Doubled", (type(norm),), {"forward": lambda self, x: 2 * x})
+
+
+def _turn_at_half_the_pace(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def _register_another_norm(model):
+    norm = deepcopy(model.model.layers[0].input_layernorm)
+    norm.weight.data.mul_(2)
+    model.model.layers[0].register_module("input_layernorm", norm)
+
+
+CHANGES = (
+    _reverse_layers,
+    _lay_out_a_router_by_columns,
+    _cut_routers,
+    _subclass_a_norm,
+    _turn_at_half_the_pace,
+    _register_another_norm,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_goes_into_the_next_token(stored, change):
+    model, tokens = deepcopy(stored), some_tokens(1, 20)
+    decoded(model, tokens, 8)
+    with torch.no_grad():
+        change(model)
+    found = decoded(model, tokens, 8)
+    with looked_at(model), torch.no_grad():
+        whole = model(tokens).logits.float()
+        errors = token_errors(decoded(model, tokens, 8), found)
+    assert errors.median() < 0.01
+    assert token_errors(whole, found).median() < 0.1
+
+
+def test_gradients_of_a_router_arrive(stored):
+    model = deepcopy(stored).requires_grad_(False)
+    model.model.layers[1].mlp.gate.weight.requires_grad_(True)
+    assert model(some_tokens(1, 3)).logits.requires_grad
+
+
 def test_names_and_weights_stay(pair):
     plain, quick = (model.state_dict() for model in pair)
     assert list(plain) == list(quick)
