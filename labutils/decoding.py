@@ -133,16 +133,16 @@ class _Model:
         **kwargs,
     ) -> MoeModelOutputWithPast:
         usual = inputs_embeds is None and not self.training and _is_usual(self.config, kwargs)
-        if usual and _next_of_one(input_ids, attention_mask, position_ids):
+        if usual and _next_of_one(input_ids, attention_mask, position_ids, past_key_values):
             layers = self._stack.layers()
             room = layers and _room(past_key_values, len(layers))
-            if room and attention_mask is not None and attention_mask.shape[1] != room.length + 1:
-                room = None
-            x = room and self.embed_tokens(input_ids)
-            if room and kernels.take(x):
-                x = self._next_state(layers, room, x, position_ids)
-                past_key_values.room = room.grown()
-                return MoeModelOutputWithPast(x, past_key_values=past_key_values)
+            if room:
+                x = self.embed_tokens(input_ids)
+                if kernels.take(x):
+                    x = self._next_state(layers, room, x, position_ids)
+                    past_key_values.room = room.grown()
+                    return MoeModelOutputWithPast(x, past_key_values=past_key_values)
+                input_ids, inputs_embeds = None, x
         return super().forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
         )
@@ -169,15 +169,12 @@ def _is_usual(config, settings: dict) -> bool:
     return nothing_more and config._attn_implementation == "sdpa" and config.sliding_window is None
 
 
-def _next_of_one(token, mask, position) -> bool:
+def _next_of_one(token, mask, position, past) -> bool:
     """Whether this is one token of one sequence, and sees all tokens before it."""
-    return (
-        not torch.is_grad_enabled()
-        and token is not None
-        and token.shape == (1, 1)
-        and (position is None or position.shape == (1, 1))
-        and (mask is None or (mask.dim() == 2 and bool(mask.all())))
-    )
+    if torch.is_grad_enabled() or token is None or past is None or token.shape != (1, 1):
+        return False
+    sees_all = mask is None or (mask.shape == (1, past.get_seq_length() + 1) and bool(mask.all()))
+    return sees_all and (position is None or position.shape == (1, 1))
 
 
 class _Stack:
@@ -232,7 +229,7 @@ def _layer(module: nn.Module, number: int) -> kernels.Layer | None:
     experts = [getattr(expert, "stored", None) for expert in moe.experts.children()]
     if any(each is None for each in (*plain, *projections, *experts)):
         return None
-    if len(plain[-1]) != len(experts):
+    if len(plain[-1]) != len(experts) or router.top_k > len(experts):
         return None
     return kernels.Layer(
         *(weight.data_ptr() for weight in plain),
@@ -369,8 +366,8 @@ def is_looked_at(module: nn.Module) -> bool:
     Once something was recorded, transformers' own hooks stay, and do nothing unless asked again.
     """
     hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
-    others = (hook for hook in hooks if getattr(hook, "__name__", None) != RECORDER)
-    return "forward" in module.__dict__ or any(True for _ in others)
+    hooked = any(getattr(hook, "__name__", None) != RECORDER for hook in hooks)
+    return hooked or "forward" in module.__dict__
 
 
 def _stored(linear: nn.Module) -> kernels.Weight | None:

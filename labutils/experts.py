@@ -65,12 +65,9 @@ from bitsandbytes import functional as bnb_functional  # noqa: E402
 QUANT_METHOD = "labutils"
 DTYPES = {format.name: format.dtype for format in FORMATS.values() if format.dtype}
 
-# What is dequantized at a time, to be multiplied while it is in the cache; of how many tokens a
-# multiple, as torch compiles a product anew for each number of them; and the tokens at which the
-# two ways to multiply are compared.
-SLICE_WEIGHTS = 2**22
-TOKENS_TOGETHER = 8
-COMPARED_TOKENS = (2, 8, 32, 128)
+SLICE_WEIGHTS = 2**22  # dequantized at a time, to be multiplied while they are in the cache
+TOKENS_TOGETHER = 8  # multiplied in multiples of it: torch compiles a product for each number
+COMPARED_TOKENS = (2, 8, 32, 128)  # at which the two ways to multiply are timed
 CLEARLY = 0.9
 
 NOWHERE = None, None  # what it is whose place is known, and that place
@@ -397,8 +394,7 @@ class Expert(Watched):
 
     @property
     def stored(self) -> kernels.Expert | None:
-        """Where the kernels find the matrices; None where they cannot use them or nobody may skip
-        the modules, because somebody looks on."""
+        """Where the kernels find the matrices; None if they cannot, or somebody looks on."""
         parts = tuple(getattr(linear, "stored", None) for linear in self.linears)
         looked_at = any(map(is_looked_at, (self, *self.linears, self.act_fn)))
         if None in parts or looked_at or not isinstance(self.act_fn, SILU):

@@ -435,12 +435,10 @@ template <class Processor>
 struct Task {
     const Product& product;
     const Inputs<Processor>& inputs;
-    int64_t first_row, last_row;
+    int64_t first_row, last_row, row_blocks;
     const float* maxima;
 
-    const float* maxima_of(int64_t row) const {
-        return maxima + (row - first_row) * (product.weight.columns / product.weight.block);
-    }
+    const float* maxima_of(int64_t row) const { return maxima + (row - first_row) * row_blocks; }
 
     const typename Processor::Input* inputs_of(int64_t token) const {
         return inputs.values.data() + token * inputs.columns;
@@ -585,7 +583,7 @@ struct Avx512Bf16 {
     AVX512 static void rows(const Task<Avx512Bf16>& task, int64_t token) {
         constexpr int FOUR = 4;
         const Weight& weight = task.product.weight;
-        const int64_t columns = weight.columns, row_blocks = columns / weight.block;
+        const int64_t columns = weight.columns;
         const int to_block = __builtin_ctzll(weight.block);
         uint16_t values[32];  // twice the table: of the five bits of a place the first is not ours
         for (int i = 0; i < 32; i++) values[i] = rounded(weight.table[i % 16]);
@@ -603,7 +601,7 @@ struct Avx512Bf16 {
                 for (int r = 0; r < R; r++) {
                     const int64_t row = std::min(first + q + r, task.last_row - 1);
                     codes[r] = weight.codes + row * columns / 2;
-                    maxima[r] = task.maxima + (row - task.first_row) * row_blocks;
+                    maxima[r] = task.maxima_of(row);
                     for (auto& sum : sums[r]) sum = _mm512_setzero_ps();
                 }
                 int64_t at = 0;
@@ -660,9 +658,11 @@ void multiply_all(const Product* products, int count, int threads) {
         const bool same = product > products && product->inputs == product[-1].inputs;
         if (!same) inputs.emplace_back(product->inputs, product->tokens, product->weight.columns);
         const int64_t rows = product->weight.rows;
+        const int64_t row_blocks = product->weight.columns / product->weight.block;
         const int64_t at_once = std::max<int64_t>(TASK_WEIGHTS / product->weight.columns, 1);
         for (int64_t row = 0; row < rows; row += at_once)
-            tasks.push_back({*product, inputs.back(), row, std::min(row + at_once, rows), nullptr});
+            tasks.push_back({*product, inputs.back(), row, std::min(row + at_once, rows),
+                             row_blocks, nullptr});
     }
 #pragma omp parallel num_threads(threads)
     {
@@ -671,8 +671,8 @@ void multiply_all(const Product* products, int count, int threads) {
         for (size_t number = 0; number < tasks.size(); number++) {
             Task<Processor> task = tasks[number];
             const Weight& weight = task.product.weight;
-            const int64_t of_row = weight.columns / weight.block;
-            const int64_t first = task.first_row * of_row, last = task.last_row * of_row;
+            const int64_t first = task.first_row * task.row_blocks;
+            const int64_t last = task.last_row * task.row_blocks;
             task.maxima = weight.maxima + first;
             if (weight.nested) {
                 maxima.resize(last - first);

@@ -255,13 +255,17 @@ def attend(
     """
     queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
     outputs = torch.empty_like(queries)
+    _, groups, length, size = keys.shape
+    room = length
     _LIBRARY.attend(
         queries.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         *queries.shape[:2],
-        *keys.shape[1:3],
-        *keys.shape[2:],
+        groups,
+        length,
+        room,
+        size,
         scale,
         outputs.data_ptr(),
         torch.get_num_threads(),
