@@ -7,12 +7,18 @@ experts the one of Okabe and Ito (2008), then the same hues lightened.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 import traitlets
-from plotly.graph_objects import Figure, FigureWidget
+from plotly.graph_objects import Figure
+
+# With this widget comes jsonschema, and with that, where it is installed, a check of web addresses
+# that no figure has and that takes 3 seconds to set up (rfc3987_syntax 1.1.0).
+sys.modules.setdefault("rfc3987_syntax", None)
+from plotly.graph_objects import FigureWidget  # noqa: E402
 
 _OKABE_ITO = (
     "#0072B2",

@@ -1,6 +1,8 @@
 """One set of colours, which most eyes can tell apart."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,3 +70,8 @@ def test_a_logarithmic_axis_ends_with_its_values_or_is_cut_at_a_decade():
     assert cut.layout("KL")["ticktext"] == ["0.001<br>or less", "0.01", "0.1", "1"]
     nothing = LogAxis.over([0.0, 0.0], least=1e-5)
     assert nothing.cut and nothing.top == 10 * nothing.floor
+
+
+def test_pictures_do_not_wait_for_a_grammar_of_web_addresses():
+    code = "import sys; from labutils import apps; sys.exit('lark' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
