@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8888
 BROWSER ?= yes
+SETUP_MB = 3000
 
 # Jupyter's own files stay in .venv too: the lab works where the home folder cannot be written, and
 # nobody's settings change what it does.
@@ -47,6 +48,7 @@ clean:
 # whose lock has changed is brought up to date in place.
 .venv/ready: pyproject.toml constraints.txt labutils/kernels.cpp
 	@$(require_python)
+	@$(require_disk)
 	@[ -f $@ ] || { echo "Setting up .venv, once: about a minute, or several where CUDA comes along."; \
 		"$(PYTHON)" -m venv --clear .venv; }
 	@rm -f $@ labutils/_kernels*.so
@@ -67,6 +69,13 @@ missing) stop "$(PYTHON) does not run: $(install_python)" ;; \
 esac; \
 "$(PYTHON)" -c "import ensurepip, venv" 2> /dev/null || \
 	stop "$(PYTHON) is Python $$version without it: \`sudo apt-get install python$${version%.*}-venv\`"
+endef
+
+# Only a first set-up is asked: a later one replaces what is there.
+define require_disk
+free=$$("$(PYTHON)" -c "import shutil; print(shutil.disk_usage('.').free // 10**6)"); \
+[ -f $@ ] || [ $$free -ge $(SETUP_MB) ] || { echo "Setting up takes $(SETUP_MB) MB of disk, and $$free MB are" \
+	"free in $(CURDIR): make room, or move the lab to another disk." >&2; exit 1; }
 endef
 install_python = install one (Debian 12: \`sudo apt-get install python3-venv\`, macOS: \`brew install python\`), \
 	or name one that you have (\`make PYTHON=/path/to/python3.12\`)

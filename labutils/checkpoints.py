@@ -46,7 +46,7 @@ from .experts import (
     storage_of,
 )
 from .formats import FORMATS
-from .meter import GIB, available_bytes, mark
+from .meter import GIB, available_bytes, mark, sized
 from .readahead import ReadAhead
 from .recipes import Recipe
 
@@ -462,12 +462,7 @@ def _download(
         if not file.rfilename.startswith("consolidated")
         and not (with_config / file.rfilename).is_file()
     )
-    free_bytes = shutil.disk_usage(with_config).free
-    if missing_bytes > free_bytes:
-        raise OSError(
-            f"The download takes {missing_bytes / GIB:.1f} GiB and the disk of {with_config} has "
-            f"{free_bytes / GIB:.1f} GiB free; set HF_HOME to a larger one."
-        )
+    check_disk(missing_bytes, with_config, "set HF_HOME to a folder on a larger one")
     with _hub_errors(repo_id):
         return _from_hub(repo_id)
 
@@ -497,13 +492,28 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer=None) -> Path:
     """Save the model as it is stored; `load(folder)` gives the same logits, without the original.
 
     Written beside and renamed when whole, so that an interrupted save leaves nothing under the
-    name. Raises FileExistsError if there is something under it already.
+    name. Raises FileExistsError if there is something under it already, and OSError if the disk has
+    no room for it, before anything is written.
     """
-    with written_whole(Path(folder)) as unfinished:
+    folder = Path(folder)
+    with written_whole(folder) as unfinished:
+        check_disk(coverage(model).total_bytes, folder, "name a folder on another one")
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-    return Path(folder)
+    return folder
+
+
+def check_disk(needed_bytes: int, folder: Path, remedy: str) -> None:
+    """Raises OSError, with what to do about it, if the disk of `folder` has too few bytes free."""
+    folder = folder.absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free_bytes = shutil.disk_usage(there).free
+    if needed_bytes > free_bytes:
+        raise OSError(
+            f"{folder} would take {sized(needed_bytes)} and its disk has {sized(free_bytes)} free; "
+            f"{remedy}."
+        )
 
 
 @contextmanager

@@ -61,10 +61,17 @@ from tqdm.auto import tqdm
 
 from .anatomy import matrices, part_of
 from .budget import predict
-from .checkpoints import Checkpoint, from_tensors, inspect, locate, weight_files, written_whole
+from .checkpoints import (
+    Checkpoint,
+    check_disk,
+    from_tensors,
+    inspect,
+    locate,
+    weight_files,
+    written_whole,
+)
 from .experts import QUANTIZE_CHUNK
 from .formats import FORMATS, Quantized, quantize
-from .meter import sized
 from .recipes import Recipe
 from .targets import patterns
 
@@ -111,7 +118,7 @@ def to_compressed_tensors(
         raise ValueError(f"{folder} is inside {source.folder}, the checkpoint; take another place.")
     plan = _Plan.of(source, recipe)
     with written_whole(folder) as unfinished:
-        _check_disk(plan.predicted_bytes, folder)
+        check_disk(plan.predicted_bytes, folder, "take fewer bits or a folder on another one")
         unfinished.mkdir(parents=True)
         weight_map = _write_weights(plan, unfinished)
         _write_config(plan, unfinished)
@@ -213,16 +220,6 @@ def _group_size(format: str, recipe: Recipe) -> int | None:
     if FORMATS[format].scaled == "row":
         return None
     return 32 if format == "mxfp4" else recipe.block_size
-
-
-def _check_disk(needed_bytes: int, folder: Path) -> None:
-    there = next(parent for parent in folder.parents if parent.exists())
-    free_bytes = shutil.disk_usage(there).free
-    if needed_bytes > free_bytes:
-        raise OSError(
-            f"The checkpoint takes {sized(needed_bytes)} and the disk of {there} has "
-            f"{sized(free_bytes)} free; take a recipe with fewer bits or another disk."
-        )
 
 
 # --------------------------------------------------------------------------------- the weights

@@ -2,6 +2,7 @@ import json
 import resource
 import shutil
 import sys
+from collections import namedtuple
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2MoeConfi
 from labutils import checkpoints, experts, standin
 from labutils.budget import predict
 from labutils.checkpoints import NotCovered, coverage, load, save, stream
-from labutils.meter import Meter
+from labutils.meter import Meter, sized
 from labutils.recipes import Recipe
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -240,6 +241,19 @@ def test_an_interrupted_save_leaves_nothing_under_the_name(published, tmp_path, 
 def test_saving_over_something_is_refused(published, tmp_path):
     with pytest.raises(FileExistsError, match=r"exists already"):
         save(load(published, Recipe()), tmp_path)
+
+
+def test_saving_on_a_full_disk_is_refused_before_anything_is_written(
+    published, tmp_path, monkeypatch
+):
+    model = load(published, Recipe())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    monkeypatch.setattr(model, "save_pretrained", None)  # would fail if it were called
+    needed = sized(coverage(model).total_bytes)
+    with pytest.raises(OSError, match=rf"saved would take {needed} .* 0\.00 MiB free; name a fold"):
+        save(model, tmp_path / "deep" / "saved")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_load_leaves_the_checkpoint_loadable(published, monkeypatch):

@@ -18,7 +18,7 @@ from random_checkpoints import INDEX, mixtral_config, read_tensors, write_any, w
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
-from labutils import export, standin
+from labutils import checkpoints, export, standin
 from labutils.anatomy import part_of
 from labutils.budget import predict
 from labutils.checkpoints import load, save
@@ -321,9 +321,9 @@ def test_a_folder_that_is_not_there_is_not_loaded(tmp_path):
 
 def test_a_small_disk_is_refused_with_both_numbers(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
     needed = predict(standin.PATH, plain("int8")).total_bytes / 2**20
-    with pytest.raises(OSError, match=rf"takes {needed:.2f} MiB .* 1\.00 MiB free"):
+    with pytest.raises(OSError, match=rf"small would take {needed:.2f} MiB .* 1\.00 MiB free"):
         to_compressed_tensors(standin.PATH, plain("int8"), tmp_path / "small")
     assert not list(tmp_path.iterdir())
 

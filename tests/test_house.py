@@ -94,6 +94,15 @@ def test_set_up_says_in_one_sentence_what_is_missing(
     assert made.stdout == "" and not (tmp_path / ".venv").exists()
 
 
+def test_set_up_says_at_once_that_the_disk_is_too_small(tmp_path: Path) -> None:
+    python3 = 'case "$2" in *disk_usage*) echo 2100 ;; *version*) echo 3.11.9 ;; esac'
+    made = make(tmp_path, "lab", python3)
+    sentence, verdict = made.stderr.splitlines()
+    assert sentence.startswith("Setting up takes 3000 MB of disk, and 2100 MB are free in ")
+    assert "move the lab to another disk" in sentence and verdict.startswith("make: ***")
+    assert made.stdout == "" and not (tmp_path / ".venv").exists()
+
+
 def test_moved_environment_is_not_ready(tmp_path: Path) -> None:
     stamp = tmp_path / ".venv" / "ready"
     stamp.parent.mkdir()
