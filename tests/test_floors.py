@@ -11,8 +11,8 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # The lowest floor first. A module may import what stands below it, or before it on its own floor.
 FLOORS = """
-__init__ claims codebooks kernels readahead moe decoding meter languages anatomy targets speeds
-formats flips offload speculative
+__init__ claims codebooks kernels readahead scratch moe decoding meter languages anatomy targets
+speeds formats flips offload speculative
 outliers calibrated recipes budget ledger planner allocation
 experts checkpoints standin evaluate damage shaker engines export sweeps
 style

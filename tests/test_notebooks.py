@@ -7,6 +7,7 @@ at: it passes over a cell without an execution count, over pictures, and over ev
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from execute import LARGEST_BYTES, PLOTLY, WIDGET, WIDGET_STOOD_HERE
+from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +109,29 @@ def test_installs_nothing_and_names_no_folder_of_its_author(notebook: NotebookNo
         assert not re.search(r"/(home|root|work|tmp|Users)/", json.dumps(shown))
 
 
+@pytest.mark.parametrize(
+    ("name", "writes"), [("06_recipes_and_budget", "work /"), ("07_mixtral_in_4bit", "widen(")]
+)
+def test_what_it_writes_goes_when_its_kernel_goes(
+    name: str, writes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    sources = [cell.source if cell.cell_type == "code" else "" for cell in notebook.cells]
+    first = next(index for index, source in enumerate(sources) if writes in source)
+    look = nbformat.v4.new_code_cell(
+        "from pathlib import Path; print(any(map(Path.is_file, work.rglob('*'))))"
+    )
+    notebook.cells = [*notebook.cells[: first + 1], look]
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    NotebookClient(notebook, kernel_name="python3").execute()
+    assert printed(look) == "True\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_notebook_makes_a_folder_that_stays(notebook: NotebookNode) -> None:
+    assert not [cell.source for cell in code_cells(notebook) if "tempfile" in cell.source]
+
+
 def test_nbval_finds_a_planted_digit(notebook: NotebookNode, tmp_path: Path) -> None:
     cells = code_cells(notebook)
     stating = [i for i, cell in enumerate(cells) if compared(cell) and DIGIT.search(printed(cell))]
@@ -119,7 +144,13 @@ def test_nbval_finds_a_planted_digit(notebook: NotebookNode, tmp_path: Path) -> 
 
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path]
     command += ["-p", "no:cacheprovider", "untouched.ipynb", "planted.ipynb"]
-    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    report = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path)},  # the kernels are killed: what is left goes too
+        capture_output=True,
+        text=True,
+    ).stdout
     failed = re.findall(r"^FAILED (\S+::Cell \d+)", report, re.M)
     assert failed == [f"planted.ipynb::Cell {where}"], report
     assert f"1 failed, {2 * where + 1} passed" in report, report
