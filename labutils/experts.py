@@ -68,7 +68,8 @@ DTYPES = {format.name: format.dtype for format in FORMATS.values() if format.dty
 SLICE_WEIGHTS = 2**22  # dequantized at a time, to be multiplied while they are in the cache
 TOKENS_TOGETHER = 8  # multiplied in multiples of it: torch compiles a product for each number
 COMPARED_TOKENS = (2, 8, 32, 128)  # at which the two ways to multiply are timed
-CLEARLY = 0.9
+ROUNDS = 4  # of timing, in turn
+CLEARLY = 0.8
 
 NOWHERE = None, None  # what it is whose place is known, and that place
 SILU = nn.SiLU, SiLUActivation
@@ -226,17 +227,19 @@ def fused_tokens() -> int:
     faster = 0
     for tokens in COMPARED_TOKENS:
         x = torch.randn(tokens, 1024, generator=generator, dtype=torch.bfloat16)
-        fused = _seconds(partial(fused_product, linear, x))
-        if fused > CLEARLY * _seconds(partial(sliced_product, linear, x)):
+        ways = [partial(way, linear, x) for way in (fused_product, sliced_product)]
+        rounds = [list(map(_seconds, ways)) for _ in range(ROUNDS)]
+        fused, sliced = map(min, zip(*rounds, strict=True))
+        if fused > CLEARLY * sliced:
             break
         faster = tokens
     return faster
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    """The shortest of eight runs: other programs can only make one longer."""
+    """The shortest of a few runs: other programs can only make one longer."""
     moments = [time.perf_counter()]
-    for _ in range(8):
+    for _ in range(4):
         function()
         moments.append(time.perf_counter())
     return min(after - before for before, after in pairwise(moments))
