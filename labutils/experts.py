@@ -67,9 +67,8 @@ DTYPES = {format.name: format.dtype for format in FORMATS.values() if format.dty
 
 SLICE_WEIGHTS = 2**22  # dequantized at a time, to be multiplied while they are in the cache
 TOKENS_TOGETHER = 8  # multiplied in multiples of it: torch compiles a product for each number
-COMPARED_TOKENS = (2, 8, 32, 128)  # at which the two ways to multiply are timed
+COMPARED_TOKENS = (1, 4, 16, 64, 256)  # at which the two ways to multiply are timed
 ROUNDS = 4  # of timing, in turn
-CLEARLY = 0.8
 
 NOWHERE = None, None  # what it is whose place is known, and that place
 SILU = nn.SiLU, SiLUActivation
@@ -215,25 +214,25 @@ def _room(weights: int) -> torch.Tensor:
 def fused_tokens() -> int:
     """Up to how many tokens this machine multiplies faster straight from 4-bit codes.
 
-    Both ways are timed, once in a process, on a matrix of two million weights. The answer is one of
-    a few, each four times the last, and the codes must win clearly, so that a quiet machine comes
-    to the same answer every time. A busy one may come to another, which moves the pace and the last
-    bits of results.
+    Both ways are timed, once in a process, on a matrix of two million weights. The answer lies in
+    the middle between the most tokens at which the codes win and the fewest at which they lose,
+    four times as many, so that a quiet machine comes to the same answer every time. A busy one may
+    come to another, which moves the pace and the last bits of results.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2048, 1024, generator=generator, dtype=torch.bfloat16)
     linear = Linear4bit(nn.Linear(1024, 2048, bias=False, device="meta"), "nf4", 64, False)
     linear.weight = linear.quantized(weight)
-    faster = 0
+    most = 0
     for tokens in COMPARED_TOKENS:
         x = torch.randn(tokens, 1024, generator=generator, dtype=torch.bfloat16)
         ways = [partial(way, linear, x) for way in (fused_product, sliced_product)]
         rounds = [list(map(_seconds, ways)) for _ in range(ROUNDS)]
         fused, sliced = map(min, zip(*rounds, strict=True))
-        if fused > CLEARLY * sliced:
+        if fused > sliced:
             break
-        faster = tokens
-    return faster
+        most = 2 * tokens
+    return most
 
 
 def _seconds(function: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ from random_checkpoints import read_tensors, write_any
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig
 
-from labutils import kernels
+from labutils import experts, kernels
 from labutils.budget import predict
 from labutils.experts import (
     Expert,
@@ -352,3 +352,15 @@ def test_an_override_for_a_layer_that_is_not_there_is_refused(checkpoint):
     config = RecipeConfig(Recipe(overrides={"layers.99.experts": "int8"}))
     with pytest.raises(ValueError, match=r"'layers\.99\.experts'; it has layers 0 to 1"):
         AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    ("dequantizing", "most"), [(0.5, 0), (2, 2), (5, 8), (17, 32), (63, 32), (65, 128), (1000, 512)]
+)
+def test_the_switch_lies_between_the_last_win_and_the_first_loss(monkeypatch, dequantizing, most):
+    def seconds(way):
+        _, x = way.args
+        return len(x) if way.func is experts.fused_product else dequantizing
+
+    monkeypatch.setattr(experts, "_seconds", seconds)
+    assert experts.fused_tokens.__wrapped__() == most
