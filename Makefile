@@ -49,7 +49,7 @@ clean:
 .venv/ready: pyproject.toml constraints.txt labutils/kernels.cpp
 	@$(require_python)
 	@$(require_disk)
-	@[ -f $@ ] || { echo "Setting up .venv, once: about a minute, or several where CUDA comes along."; \
+	@[ -f $@ ] || { echo "Setting up .venv, once: two or three minutes, longer where CUDA comes along."; \
 		"$(PYTHON)" -m venv --clear .venv; }
 	@rm -f $@ labutils/_kernels*.so
 	@.venv/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt --editable ".[test]"

@@ -495,7 +495,7 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer=None) -> Path:
     name. Raises FileExistsError if there is something under it already, and OSError if the disk has
     no room for it, before anything is written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with written_whole(folder) as unfinished:
         check_disk(coverage(model).total_bytes, folder, "name a folder on another one")
         model.save_pretrained(unfinished)

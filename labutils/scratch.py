@@ -7,6 +7,7 @@ that nobody holds.
 """
 
 import atexit
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,12 +20,13 @@ LOCK = ".in-use"
 
 def folder() -> Path:
     """A new, empty temporary folder that goes with this process, or with the next call after it."""
-    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        _remove_unheld(left)
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        _remove_unheld(lock.parent)
     made = Path(tempfile.mkdtemp(prefix=PREFIX))
-    held = FileLock(made / LOCK)
+    held = FileLock(made / f"{LOCK}-soon")
     held.acquire()
-    atexit.register(_let_go, made, held)
+    Path(held.lock_file).rename(made / LOCK)  # seen by others only now that it is held
+    atexit.register(_let_go, made, held, os.getpid())
     return made
 
 
@@ -36,6 +38,7 @@ def _remove_unheld(left: Path) -> None:
         pass  # in use, or another user's
 
 
-def _let_go(made: Path, held: FileLock) -> None:
-    held.release()
-    shutil.rmtree(made, ignore_errors=True)
+def _let_go(made: Path, held: FileLock, maker: int) -> None:
+    if os.getpid() == maker:  # a forked process ends too
+        held.release()
+        shutil.rmtree(made, ignore_errors=True)

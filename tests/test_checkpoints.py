@@ -243,6 +243,13 @@ def test_saving_over_something_is_refused(published, tmp_path):
         save(load(published, Recipe()), tmp_path)
 
 
+def test_saving_and_loading_mean_the_same_home(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved = save(load(published, Recipe()), "~/saved")
+    assert saved == tmp_path / "saved"
+    load("~/saved")
+
+
 def test_saving_on_a_full_disk_is_refused_before_anything_is_written(
     published, tmp_path, monkeypatch
 ):

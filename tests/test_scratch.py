@@ -54,6 +54,7 @@ def test_folders_in_use_stay_whoever_made_them(temporary: Path) -> None:
 
 def test_what_is_not_of_its_kind_is_not_touched(temporary: Path) -> None:
     (temporary / "tmp-of-somebody").mkdir()
+    (temporary / f"{scratch.PREFIX}results").mkdir()
     (temporary / f"{scratch.PREFIX}notes").write_text("no folder")
     others = set(temporary.iterdir())
     assert {scratch.folder(), *others} == set(temporary.iterdir())
@@ -64,6 +65,7 @@ def test_a_lock_that_may_not_be_taken_is_passed_over(
 ) -> None:
     foreign = temporary / f"{scratch.PREFIX}foreign"
     foreign.mkdir()
+    (foreign / scratch.LOCK).touch()
     refuse = PermissionError("another user's")
     lock = scratch.FileLock
 
@@ -74,3 +76,20 @@ def test_a_lock_that_may_not_be_taken_is_passed_over(
 
     monkeypatch.setattr(scratch, "FileLock", locked)
     assert {scratch.folder(), foreign} == set(temporary.iterdir())
+
+
+def test_a_forked_process_leaves_the_folder_to_its_parent(temporary: Path) -> None:
+    there = "print(made.exists())"
+    process = another_process(f"import os; os.fork() and os.wait() and {there}")
+    assert process.communicate()[0] == "True\n"
+    assert list(temporary.iterdir()) == []
+
+
+def test_many_at_once_keep_their_folders(temporary: Path) -> None:
+    more = "import sys; more = [scratch.folder() for _ in range(10)]; "
+    check = "sys.exit(not all((each / scratch.LOCK).exists() for each in [made, *more]))"
+    processes = [another_process(more + check) for _ in range(8)]
+    assert [process.wait() for process in processes] == [0] * 8
+    for process in processes:
+        process.communicate()
+    assert list(temporary.iterdir()) == []
