@@ -112,7 +112,7 @@ def to_compressed_tensors(
     After a later error, such as ValueError for a weight that is NaN, nothing is left behind.
     """
     _check_method(recipe)
-    folder = Path(folder).absolute()
+    folder = Path(folder).expanduser().absolute()
     source = inspect(locate(checkpoint_folder))
     if source.folder.resolve() in folder.resolve().parents:
         raise ValueError(f"{folder} is inside {source.folder}, the checkpoint; take another place.")

@@ -19,7 +19,7 @@ LOCK = ".in-use"
 
 
 def folder() -> Path:
-    """A new, empty temporary folder that goes with this process, or with the next call after it."""
+    """A new temporary folder, empty but for its lock; it goes with this process or a later call."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
         _remove_unheld(lock.parent)
     made = Path(tempfile.mkdtemp(prefix=PREFIX))

@@ -39,10 +39,10 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("decode_1", "decoding, batch 1", "tokens/s", "more is better"),
+    _Panel("decode_1", "decoding", "tokens/s", "more is better"),
     _Panel("prefill_512_ms", "prompt of 512", "ms"),
     _Panel("load_seconds", "loading", "s"),
-    _Panel("steady_mib", "memory, running", "MiB, anonymous"),
+    _Panel("steady_mib", "memory", "MiB, anonymous"),
 )
 _KINDS = {
     "this lab, 4 bits": _Look(COLORS["nf4"]),

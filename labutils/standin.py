@@ -49,6 +49,7 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from labutils import flips, languages
+from labutils.checkpoints import written_whole
 
 PATH = Path(__file__).parent / "data" / "standin"
 WEIGHTS = "model.safetensors"
@@ -168,12 +169,12 @@ def widen(folder: Path | str, times: int = 16) -> Path:
     `times`. That changes no answer, in any format: a block of 64 weights is still the same block,
     divided by a power of two. 16 times makes 75.7 million parameters (151 MB in bf16) of 4.9.
 
-    Raises ValueError unless `times` is a power of two.
+    Raises ValueError unless `times` is a power of two, and FileExistsError if there is something at
+    `folder` already.
     """
     if times < 1 or times & (times - 1):
         raise ValueError(f"times={times} is no power of two; take 8, 16 or 32.")
     folder = Path(folder)
-    shutil.copytree(PATH, folder, ignore=shutil.ignore_patterns(WEIGHTS, SCORES))
     tensors = safetensors.torch.load_file(PATH / WEIGHTS)
     for name, tensor in tensors.items():
         if name.endswith((".w1.weight", ".w3.weight")):
@@ -183,8 +184,10 @@ def widen(folder: Path | str, times: int = 16) -> Path:
     wide = config()
     wide.intermediate_size *= times
     wide.dtype, wide.architectures = "bfloat16", ["MixtralForCausalLM"]
-    wide.save_pretrained(folder)
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with written_whole(folder) as unfinished:
+        shutil.copytree(PATH, unfinished, ignore=shutil.ignore_patterns(WEIGHTS, SCORES))
+        wide.save_pretrained(unfinished)
+        safetensors.torch.save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
     return folder
 
 

@@ -235,6 +235,11 @@ def test_widened_it_is_the_same_model_in_more_bytes(tmp_path, recipe):
     assert difference < 0.002
 
 
+def test_widening_over_something_is_refused(tmp_path):
+    with pytest.raises(FileExistsError, match=r"exists already; remove it or take another name"):
+        standin.widen(tmp_path, times=2)
+
+
 def test_widening_by_what_is_no_power_of_two_is_refused(tmp_path):
     with pytest.raises(ValueError, match="times=3 is no power of two"):
         standin.widen(tmp_path / "wide", times=3)
